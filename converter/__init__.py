@@ -1,0 +1,1 @@
+"""Hugging Face model in, low-rank factors out; needs PyTorch."""

@@ -1,0 +1,45 @@
+"""The base file: what llama.cpp's own converter makes of the model.
+
+Tokenizer, metadata and tensor names, and any permutation of weights that an architecture
+needs, are llama.cpp's; nothing of it is repeated here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from skipcat_edge.errors import UserError
+
+_PROGRESS = re.compile(r"Writing:\s+(\d+)%")
+
+
+def write_base(source: Path, out: Path, out_type: str, tree: Path,
+               advance: Callable[[int], None] = lambda percent: None) -> None:
+    """Run the pinned convert_hf_to_gguf.py of `tree` on `source`; `out_type`: f32, f16 or bf16.
+
+    `advance` gets the percentage written. Raises UserError with the converter's own last line
+    if it fails.
+    """
+    llama = tree / "vendor" / "llama.cpp"
+    command = [sys.executable, str(llama / "convert_hf_to_gguf.py"), str(source), "--outfile", str(out),
+               "--outtype", out_type]
+    # The archive's gguf-py, and nothing from the network.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(llama / "gguf-py"), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL, text=True, errors="replace") as process:
+        assert process.stderr is not None
+        last = ""
+        # universal newlines: tqdm's carriage returns end lines
+        for line in process.stderr:
+            match = _PROGRESS.search(line)
+            if match:
+                advance(int(match[1]))
+            elif line.strip():
+                last = line.strip()
+    if process.returncode:
+        raise UserError(f"llama.cpp's converter cannot convert {source}: {last}")

@@ -1,0 +1,114 @@
+"""Calibration text to batches of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from skipcat_edge.errors import UserError
+
+from .source_model import SourceModel
+
+DEFAULT_TOKENS = 65_536
+DEFAULT_SEQ_LEN = 256
+
+# Tokens of one forward pass.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [n_sequences, n_tokens] with a mask of the same shape (1: a real token)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What the model reads while statistics are collected."""
+
+    batches: list[Batch]
+    tokens: int
+    sha256: str
+    """Of the calibration file's bytes."""
+
+
+def load_calibration(
+    path: Path, model: SourceModel, tokens: int | None = None, seq_len: int | None = None
+) -> CalibrationSet:
+    """Tokenise the first `tokens` tokens of `path` (None: up to 65,536) in windows of `seq_len`.
+
+    A window of a causal model starts with BOS where the model has one; BOS is not counted. An
+    encoder reads sentences, each with its special tokens, cut at `seq_len`. Raises UserError if
+    the file is missing, empty, or shorter than asked.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"Calibration text {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Calibration text {path} is not UTF-8 text; give a plain text file.") from None
+    if not text.strip():
+        raise UserError(f"Calibration text {path} is empty; give a text like the ones the model will see.")
+    length = min(seq_len or DEFAULT_SEQ_LEN, model.max_length)
+    wanted = DEFAULT_TOKENS if tokens is None else tokens
+    make = _sentence_batches if model.is_encoder else _window_batches
+    batches, found = make(text, model, wanted, length)
+    if tokens is not None and found < tokens:
+        raise UserError(
+            f"Calibration text {path} has {found:,} tokens, but --calib-tokens asks for {tokens:,}; "
+            "give a longer text or ask for fewer."
+        )
+    return CalibrationSet(batches, found, hashlib.sha256(data).hexdigest())
+
+
+def _window_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[Batch], int]:
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:wanted]
+    bos = model.tokenizer.bos_token_id
+    prefix = [] if bos is None else [bos]
+    step = length - len(prefix)
+    windows = [prefix + ids[i : i + step] for i in range(0, len(ids), step)]
+    return _pad(windows, 0), len(ids)
+
+
+def _sentence_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[Batch], int]:
+    windows: list[list[int]] = []
+    found = 0
+    for sentence in split_sentences(text):
+        if found >= wanted:
+            break
+        ids = model.tokenizer(sentence, truncation=True, max_length=length, verbose=False)["input_ids"]
+        windows.append(ids)
+        found += len(ids)
+    pad = model.tokenizer.pad_token_id
+    return _pad(windows, 0 if pad is None else pad), found
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of at least three words; headings and fragments say little about usage."""
+    pieces = re.split(r"(?<=[.!?])\s+|\n+", text)
+    return [piece.strip() for piece in pieces if len(piece.split()) >= 3]
+
+
+def _pad(windows: list[list[int]], pad: int) -> list[Batch]:
+    """Batches of about 4,096 tokens; windows of similar length share one."""
+    windows = sorted(windows, key=len, reverse=True)
+    batches = []
+    start = 0
+    while start < len(windows):
+        width = len(windows[start])
+        chunk = windows[start : start + max(1, _BATCH_TOKENS // width)]
+        ids = torch.full((len(chunk), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, window in enumerate(chunk):
+            ids[row, : len(window)] = torch.tensor(window)
+            mask[row, : len(window)] = 1
+        batches.append(Batch(ids, mask))
+        start += len(chunk)
+    return batches

@@ -1,0 +1,69 @@
+"""Which group of layers gets which rank: the allocation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType
+
+from skipcat_edge import format as fmt
+from skipcat_edge.ranks import uniform_rank
+
+from .factorize import Method
+from .layers import Layer
+
+
+@dataclass(frozen=True)
+class PlannedOwner:
+    """A projection to be: the layers that will share it, and its rank."""
+
+    members: tuple[Layer, ...]
+    rank: int
+    skip: bool
+
+    @property
+    def name(self) -> str:
+        return fmt.owner_of(layer.member for layer in self.members)
+
+    @property
+    def block(self) -> int:
+        return self.members[0].index
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(self.outputs) * self.members[0].n
+
+    @property
+    def parameters(self) -> int:
+        return fmt.factor_parameters(sum(self.outputs), self.members[0].n, self.rank, self.skip)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return tuple(layer.m for layer in self.members)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Owners by block, and the layers that stay dense with the reason."""
+
+    owners: list[PlannedOwner]
+    dense: dict[str, str]
+
+
+def plan_uniform(
+    groups: list[tuple[Layer, ...]], method: Method, ratio: float, type_: GGMLQuantizationType
+) -> Plan:
+    """The same ratio for every projection: the largest rank on the grid that keeps it (the papers' rule)."""
+    owners: list[PlannedOwner] = []
+    dense: dict[str, str] = {}
+    grid = fmt.rank_grid(type_)
+    for group in groups:
+        for members in [group] if method.share else [(layer,) for layer in group]:
+            m, n = sum(layer.m for layer in members), members[0].n
+            rank = uniform_rank(m, n, ratio, method.skip, grid)
+            if rank == 0:
+                reason = f"no rank on the grid of {grid} keeps ratio {ratio:g} of {m} x {n}"
+                dense.update({layer.tensor: reason for layer in members})
+            else:
+                owners.append(PlannedOwner(members, rank, method.skip))
+    return Plan(owners, dense)

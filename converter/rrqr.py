@@ -1,0 +1,75 @@
+"""Skip: choose inputs whose block of a projection becomes the identity.
+
+For A: [r, n] and a set S of r columns, A = A_S [I | T] P with T = A_S^-1 A_R. T depends on
+the row space of A and on S alone. Strong rank-revealing QR (Gu and Eisenstat 1996) finds an
+S with every |T_ij| <= f; without pivoting T grows without bound and low precision ruins the
+model (SkipCat, arXiv 2512.13494, reports a perplexity of 31,628 in BF16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.linalg import lapack
+
+DEFAULT_BOUND = 1.5
+
+
+@dataclass(frozen=True)
+class SkipSet:
+    """S and R with A = A_S [I | T]."""
+
+    skip: torch.Tensor
+    """Inputs in S, ascending: int64 [r]."""
+    rest: torch.Tensor
+    """All other inputs, ascending: int64 [n - r]."""
+    T: torch.Tensor
+    """A_S^-1 A_R: [r, n - r]."""
+
+
+def choose_skip_set(A: torch.Tensor, bound: float = DEFAULT_BOUND) -> SkipSet:
+    """Strong rank-revealing QR of A: [r, n], r < n, of full row rank, in float64.
+
+    Column-pivoted QR gives the first S; then the largest |T_ij| is swapped into S until none
+    exceeds `bound`. A swap multiplies |det A_S| by |T_ij| > bound > 1, so this ends.
+    Raises ValueError where A is not of full row rank.
+    """
+    r, n = A.shape
+    if not 0 < r < n:
+        raise ValueError(f"expected 0 < r < n, got r = {r}, n = {n}")
+    if bound <= 1:
+        raise ValueError(f"expected a bound above 1, got {bound}")
+    # T does not change with the basis of the row space; an orthonormal one is safest to pivot in.
+    Q = torch.linalg.qr(A.T.double(), mode="reduced").Q.T
+    order = _pivots(Q)
+    T = torch.linalg.solve(Q[:, order[:r]], Q[:, order[r:]])
+    if not bool(torch.isfinite(T).all()):
+        raise ValueError(f"the projection's rank is below {r}")
+    while True:
+        row, column = divmod(int(T.abs().argmax()), n - r)
+        if abs(float(T[row, column])) <= bound:
+            break
+        _exchange(T, row, column)
+        order[[row, r + column]] = order[[r + column, row]]
+    skip, rest = order[:r].sort().values, order[r:].sort().values
+    # Solved afresh: the exchanges' rounding errors end here.
+    return SkipSet(skip, rest, torch.linalg.solve(Q[:, skip], Q[:, rest]))
+
+
+def _pivots(Q: torch.Tensor) -> torch.Tensor:
+    """Columns of Q: [r, n] in the order of LAPACK's column-pivoted QR: int64 [n]."""
+    _, pivots, _, _, info = lapack.dgeqp3(Q.cpu().numpy())
+    assert info == 0, info
+    return torch.from_numpy(pivots.astype("int64") - 1).to(Q.device)
+
+
+def _exchange(T: torch.Tensor, row: int, column: int) -> None:
+    """Swap skip input `row` with rest input `column`: a Gauss-Jordan exchange of T in place."""
+    pivot = T[row, column].clone()
+    pivot_row = T[row] / pivot
+    pivot_column = T[:, column].clone()
+    T.sub_(torch.outer(pivot_column, pivot_row))
+    T[:, column] = -pivot_column / pivot
+    T[row] = pivot_row
+    T[row, column] = 1 / pivot

@@ -1,0 +1,221 @@
+"""Write the final GGUF: the base file with some tensors replaced, streamed block by block."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    ReaderTensor,
+    quants,
+)
+
+from skipcat_edge import format as fmt
+from skipcat_edge.errors import UserError
+
+from .plan import PlannedOwner
+from .quantized import QuantizedFactors, QuantizedMatrix, quantize_matrix
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight$")
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+# Every quantised GGUF carries it; 2 is the only version there is.
+_QUANTIZATION_VERSION = 2
+
+
+@dataclass(frozen=True)
+class OutputTypes:
+    """ggml types of the file: None keeps what the base file has."""
+
+    linear: GGMLQuantizationType
+    """Factors, and the linear layers that stay dense."""
+    head: GGMLQuantizationType | None
+    """Token embeddings and output head."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written: rows x columns elements of `type`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """NumPy's order, in elements."""
+    type: GGMLQuantizationType
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:-1], fmt.tensor_bytes(self.type, 1, self.shape[-1]))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.byte_shape)
+
+
+def read_weight(tensor: ReaderTensor) -> np.ndarray:
+    """A tensor of the base file as float32, rows first. Raises UserError if it is not finite."""
+    W = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    if not np.isfinite(W).all():
+        raise UserError(f"{tensor.name} holds numbers that are not finite; check the model's weights.")
+    rows_first: np.ndarray = W.reshape(tuple(int(size) for size in reversed(tensor.shape)))
+    return rows_first
+
+
+def output_type(tensor: ReaderTensor, types: OutputTypes) -> GGMLQuantizationType:
+    """The type a dense tensor gets in the file."""
+    base = GGMLQuantizationType(tensor.tensor_type)
+    wanted: GGMLQuantizationType | None = None
+    match = _BLOCK.match(tensor.name)
+    if tensor.name in _EMBEDDINGS:
+        wanted = types.head
+    elif match is not None and len(tensor.shape) > 1 and (
+        # llama.cpp's converter keeps what must not be quantised in F32
+        match[2] in fmt.GROUP_OF or base != GGMLQuantizationType.F32
+    ):
+        wanted = types.linear
+    return base if wanted is None else fmt.factor_type(wanted, int(tensor.shape[0]))
+
+
+def factor_slots(owner: PlannedOwner, type_: GGMLQuantizationType) -> list[Slot]:
+    """The tensors of one owner, in file order."""
+    n, rank = owner.members[0].n, owner.rank
+    columns = n - rank if owner.skip else n
+    slots = [Slot(fmt.lr_a_name(owner.block, owner.name), (rank, columns), fmt.factor_type(type_, columns))]
+    if owner.skip:
+        name = fmt.skip_mask_name(owner.block, owner.name)
+        slots.append(Slot(name, (-(-n // 32),), GGMLQuantizationType.I32))
+    slots += [
+        Slot(fmt.lr_b_name(layer.index, layer.member), (layer.m, rank), fmt.factor_type(type_, rank))
+        for layer in owner.members
+    ]
+    return slots
+
+
+def factor_data(factors: QuantizedFactors) -> list[np.ndarray]:
+    """Bytes in the order of `factor_slots`."""
+    mask = [] if factors.skip is None else [fmt.pack_skip_mask(factors.skip).view(np.uint8)]
+    return [factors.T.data, *mask, *(matrix.data for matrix in factors.B)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything the file will hold, in order."""
+
+    dense: dict[str, ReaderTensor]
+    order: list[Slot | PlannedOwner]
+    """Tensors outside blocks first, then block by block."""
+    types: OutputTypes
+
+    def slots(self) -> Iterator[Slot]:
+        """Every tensor of the file."""
+        for item in self.order:
+            if isinstance(item, PlannedOwner):
+                yield from factor_slots(item, self.types.linear)
+            else:
+                yield item
+
+
+def make_layout(reader: GGUFReader, owners: list[PlannedOwner], types: OutputTypes) -> Layout:
+    """Lay the file out: an owner's factors stand where its first member stood."""
+    owner_of = {layer.tensor: owner for owner in owners for layer in owner.members}
+    order: list[Slot | PlannedOwner] = []
+    dense: dict[str, ReaderTensor] = {}
+    placed: set[int] = set()
+    for tensor in sorted(reader.tensors, key=lambda tensor: block_of(tensor.name)):
+        owner = owner_of.get(tensor.name)
+        if owner is None:
+            dense[tensor.name] = tensor
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            order.append(Slot(tensor.name, shape, output_type(tensor, types)))
+        elif id(owner) not in placed:
+            placed.add(id(owner))
+            order.append(owner)
+    return Layout(dense, order, types)
+
+
+def block_of(name: str) -> int:
+    """Index of the block a tensor is in, -1 outside."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def write_file(
+    path: Path,
+    reader: GGUFReader,
+    layout: Layout,
+    metadata: Mapping[str, tuple[Any, GGUFValueType]],
+    factors: Iterator[tuple[PlannedOwner, QuantizedFactors]],
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Write `layout` to `path`; `factors` must come in the layout's order of owners.
+
+    `metadata` replaces and extends the base file's keys. Raises UserError where a weight is
+    not finite, OSError where the disk is full.
+    """
+    writer = GGUFWriter(path, str(metadata[fmt.KEY_ARCHITECTURE][0]))
+    try:
+        _copy_metadata(writer, reader, metadata, layout)
+        for slot in layout.slots():
+            writer.add_tensor_info(slot.name, slot.byte_shape, np.dtype(np.uint8), slot.nbytes, slot.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for item in layout.order:
+            if isinstance(item, PlannedOwner):
+                owner, quantized = next(factors)
+                assert owner is item, (owner.name, item.name)
+                arrays = factor_data(quantized)
+            else:
+                arrays = [_dense_data(layout.dense[item.name], item)]
+            for array in arrays:
+                writer.write_tensor_data(array)
+                advance(array.nbytes)
+    finally:
+        writer.close()
+
+
+def _dense_data(tensor: ReaderTensor, slot: Slot) -> np.ndarray:
+    data = np.ascontiguousarray(tensor.data)
+    if slot.type == tensor.tensor_type:
+        if data.dtype.kind == "f":
+            read_weight(tensor)
+        return data.view(np.uint8)
+    W = read_weight(tensor)
+    matrix: QuantizedMatrix = quantize_matrix(W.reshape(-1, W.shape[-1]), slot.type)
+    assert matrix.type == slot.type
+    return matrix.data
+
+
+def _copy_metadata(
+    writer: GGUFWriter, reader: GGUFReader, metadata: Mapping[str, tuple[Any, GGUFValueType]], layout: Layout
+) -> None:
+    replaced = dict(metadata)
+    linear = layout.types.linear
+    replaced["general.file_type"] = (int(file_type(linear)), GGUFValueType.UINT32)
+    if fmt.block_size(linear) > 1:
+        replaced["general.quantization_version"] = (_QUANTIZATION_VERSION, GGUFValueType.UINT32)
+    # the writer adds the architecture itself
+    del replaced[fmt.KEY_ARCHITECTURE]
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == fmt.KEY_ARCHITECTURE or name in replaced:
+            continue
+        sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    for name, (value, type_) in replaced.items():
+        writer.add_key_value(name, value, type_)
+
+
+def file_type(type_: GGMLQuantizationType) -> LlamaFileType:
+    """llama.cpp's name for a file whose matrices are of `type_`."""
+    for name in (f"MOSTLY_{type_.name}", f"MOSTLY_{type_.name}_M", f"ALL_{type_.name}"):
+        if name in LlamaFileType.__members__:
+            return LlamaFileType[name]
+    return LlamaFileType.GUESSED

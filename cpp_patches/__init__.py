@@ -1,0 +1,1 @@
+"""Pin, patches and overlay of the llama.cpp runtime (data only)."""

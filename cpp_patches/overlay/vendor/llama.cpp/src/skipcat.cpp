@@ -1,0 +1,350 @@
+#include "skipcat.h"
+
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+
+#include "ggml-skipcat.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#define SKIPCAT_RUNTIME_REVISION 1
+#define SKIPCAT_FORMAT_VERSION   1
+
+#define SKIPCAT_STR_(x) #x
+#define SKIPCAT_STR(x) SKIPCAT_STR_(x)
+
+static const char * const SKIPCAT_ARCH_PREFIX    = "skipcat-";
+static const char * const SKIPCAT_RUNTIME_PREFIX = "skipcat.";
+
+const char * skipcat_runtime_version(void) {
+    return "skipcat." SKIPCAT_STR(SKIPCAT_RUNTIME_REVISION);
+}
+
+int32_t skipcat_format_version(void) {
+    return SKIPCAT_FORMAT_VERSION;
+}
+
+static bool starts_with(const std::string & s, const char * prefix) {
+    return s.compare(0, strlen(prefix), prefix) == 0;
+}
+
+static bool ends_with(const std::string & s, const char * suffix) {
+    const size_t n = strlen(suffix);
+    return s.size() >= n && s.compare(s.size() - n, n, suffix) == 0;
+}
+
+std::string skipcat_base_arch(const std::string & name) {
+    return starts_with(name, SKIPCAT_ARCH_PREFIX) ? name.substr(strlen(SKIPCAT_ARCH_PREFIX)) : name;
+}
+
+//
+// loading
+//
+
+static bool is_factor(const std::string & name) {
+    return name.find(".lr_a") != std::string::npos || name.find(".lr_b") != std::string::npos ||
+           name.find(".skip_mask") != std::string::npos;
+}
+
+static void check_versions(const gguf_context * meta) {
+    const int64_t version_id = gguf_find_key(meta, "skipcat.format_version");
+    if (version_id < 0 || gguf_get_kv_type(meta, version_id) != GGUF_TYPE_UINT32) {
+        throw std::runtime_error("key 'skipcat.format_version' is missing or not a u32");
+    }
+    const uint32_t version = gguf_get_val_u32(meta, version_id);
+    if (version < 1 || version > SKIPCAT_FORMAT_VERSION) {
+        throw std::runtime_error(format("skipcat.format_version is %u, but this runtime (%s) reads up to %d",
+                version, skipcat_runtime_version(), SKIPCAT_FORMAT_VERSION));
+    }
+
+    const int64_t runtime_id = gguf_find_key(meta, "skipcat.runtime_min");
+    if (runtime_id < 0 || gguf_get_kv_type(meta, runtime_id) != GGUF_TYPE_STRING) {
+        throw std::runtime_error("key 'skipcat.runtime_min' is missing or not a string");
+    }
+    const std::string runtime = gguf_get_val_str(meta, runtime_id);
+    if (!starts_with(runtime, SKIPCAT_RUNTIME_PREFIX)) {
+        throw std::runtime_error("key 'skipcat.runtime_min' is not of the form 'skipcat.N'");
+    }
+    if (strtol(runtime.c_str() + strlen(SKIPCAT_RUNTIME_PREFIX), nullptr, 10) > SKIPCAT_RUNTIME_REVISION) {
+        throw std::runtime_error(format("the file needs runtime %s or newer, this is %s", runtime.c_str(), skipcat_runtime_version()));
+    }
+}
+
+std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml) {
+    if (!starts_with(ml.get_arch_name(), SKIPCAT_ARCH_PREFIX)) {
+        return nullptr;
+    }
+
+    check_versions(ml.metadata);
+
+    size_t n_factors = 0;
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (!is_factor(name)) {
+            continue;
+        }
+        if (!ends_with(name, ".lr_a.weight") && !ends_with(name, ".lr_b.weight") && !ends_with(name, ".skip_mask")) {
+            throw std::runtime_error(format("tensor '%s' is not a tensor of skipcat.format_version %d", name.c_str(), SKIPCAT_FORMAT_VERSION));
+        }
+        n_factors++;
+    }
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead()*(n_factors + 1),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+
+    auto model = std::make_shared<skipcat_model>();
+    model->ctx.reset(ggml_init(params));
+    if (!model->ctx) {
+        throw std::runtime_error("failed to create ggml context");
+    }
+
+    return model;
+}
+
+// the group of a layer that may be low-rank, LLM_TENSOR_TOKEN_EMBD for any other
+static llm_tensor group_of(llm_tensor member) {
+    switch (member) {
+        case LLM_TENSOR_ATTN_Q:
+        case LLM_TENSOR_ATTN_K:
+        case LLM_TENSOR_ATTN_V:
+        case LLM_TENSOR_ATTN_QKV:
+            return LLM_TENSOR_SKIPCAT_ATTN_IN;
+        case LLM_TENSOR_ATTN_OUT:
+            return LLM_TENSOR_SKIPCAT_ATTN_OUT;
+        case LLM_TENSOR_FFN_GATE:
+        case LLM_TENSOR_FFN_UP:
+            return LLM_TENSOR_SKIPCAT_FFN_IN;
+        case LLM_TENSOR_FFN_DOWN:
+            return LLM_TENSOR_SKIPCAT_FFN_OUT;
+        default:
+            return LLM_TENSOR_TOKEN_EMBD;
+    }
+}
+
+// Q8_1 and Q8_K hold activations only, the integer types and F64 have no mul_mat
+static void check_factor_type(const ggml_tensor * t) {
+    const bool is_float = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
+    const bool is_quant = ggml_is_quantized(t->type) && t->type != GGML_TYPE_Q8_1 && t->type != GGML_TYPE_Q8_K;
+    if (!is_float && !is_quant) {
+        throw std::runtime_error(format("tensor '%s' has type %s, which cannot be a factor", ggml_get_name(t), ggml_type_name(t->type)));
+    }
+}
+
+// the mask decides where the op reads: it is checked against the rank before anything uses it
+static void check_mask(llama_model_loader & ml, const std::string & name, int64_t n, int64_t rank) {
+    const auto & weight = ml.require_weight(name.c_str());
+    const int64_t n_words = (n + 31)/32;
+
+    if (weight.tensor->type != GGML_TYPE_I32 || ggml_n_dims(weight.tensor) != 1 || weight.tensor->ne[0] != n_words) {
+        throw std::runtime_error(format("tensor '%s' is not I32 with %lld elements", name.c_str(), (long long) n_words));
+    }
+
+    std::vector<uint32_t> words(n_words);
+    const auto & file = ml.files.at(weight.idx);
+    file->seek(weight.offs, SEEK_SET);
+    file->read_raw(words.data(), n_words*sizeof(uint32_t));
+
+    int64_t popcount = 0;
+    for (int64_t j = 0; j < 32*n_words; j++) {
+        const bool set = words[j/32] >> (j%32) & 1;
+        if (set && j >= n) {
+            throw std::runtime_error(format("tensor '%s' has a bit set past input %lld", name.c_str(), (long long) n - 1));
+        }
+        popcount += set;
+    }
+    if (popcount != rank) {
+        throw std::runtime_error(format("tensor '%s' has %lld bits set, but the rank is %lld", name.c_str(), (long long) popcount, (long long) rank));
+    }
+}
+
+static const skipcat_owner * create_owner(
+        llama_model_loader & ml,
+        const LLM_TN & tn,
+        llm_tensor tensor,
+        int bid,
+        int64_t n,
+        int64_t rank,
+        const std::string & b_name,
+        const skipcat_create_fn & create) {
+    skipcat_model & model = *ml.skipcat;
+
+    const auto a_tn    = tn(tensor, "lr_a.weight", bid);
+    const auto mask_tn = tn(tensor, "skip_mask",   bid);
+
+    const auto it = model.owners.find(a_tn.str());
+    if (it != model.owners.end()) {
+        if (it->second.n != n || it->second.rank != rank) {
+            throw std::runtime_error(format("tensor '%s' does not fit the projection '%s' (rank %lld, inputs %lld)",
+                    b_name.c_str(), a_tn.str().c_str(), (long long) it->second.rank, (long long) it->second.n));
+        }
+        return &it->second;
+    }
+
+    const bool has_mask = ml.get_weight(mask_tn.str().c_str()) != nullptr;
+
+    // without Skip a rank above n would be no factorisation, with Skip there must be a rest
+    if (rank > n || (has_mask && rank == n)) {
+        throw std::runtime_error(format("tensor '%s' has rank %lld, but the layer has %lld inputs", b_name.c_str(), (long long) rank, (long long) n));
+    }
+
+    check_factor_type(ml.require_tensor_meta(a_tn.str()));
+
+    skipcat_owner owner = { nullptr, nullptr, n, rank };
+    owner.a = create(a_tn, { has_mask ? n - rank : n, rank }, 0);
+    model.created.insert(a_tn.str());
+    if (has_mask) {
+        check_mask(ml, mask_tn.str(), n, rank);
+        owner.mask = create(mask_tn, { (n + 31)/32 }, 0);
+        model.created.insert(mask_tn.str());
+    }
+
+    return &model.owners.emplace(a_tn.str(), owner).first->second;
+}
+
+ggml_tensor * skipcat_create_tensor(
+        llama_model_loader & ml,
+        const LLM_TN_IMPL & tn,
+        const std::initializer_list<int64_t> & ne,
+        int flags,
+        const skipcat_create_fn & create) {
+    skipcat_model * model = ml.skipcat.get();
+    if (model == nullptr || tn.bid < 0 || tn.suffix == nullptr || strcmp(tn.suffix, "weight") != 0) {
+        return nullptr;
+    }
+
+    const LLM_TN make_tn(tn.arch);
+    const auto b_tn = make_tn(tn.tensor, "lr_b.weight", tn.bid, tn.xid);
+
+    const std::string w_name = tn.str();
+    const std::string b_name = b_tn.str();
+
+    const ggml_tensor * b_meta = ml.get_tensor_meta(b_name.c_str());
+    if (b_meta == nullptr) {
+        return nullptr;
+    }
+    if (ml.get_weight(w_name.c_str()) != nullptr) {
+        throw std::runtime_error(format("tensor '%s' is in the file besides its factor '%s'", w_name.c_str(), b_name.c_str()));
+    }
+
+    const llm_tensor group = group_of(tn.tensor);
+    if (group == LLM_TENSOR_TOKEN_EMBD || ne.size() != 2) {
+        throw std::runtime_error(format("tensor '%s': this layer cannot be low-rank", b_name.c_str()));
+    }
+    if (flags & llama_model_loader::TENSOR_SKIP) {
+        throw std::runtime_error(format("tensor '%s': the architecture does not use this layer", b_name.c_str()));
+    }
+    if (ggml_tensor * w = ggml_get_tensor(model->ctx.get(), w_name.c_str())) {
+        return w;
+    }
+
+    const int64_t n    = ne.begin()[0];
+    const int64_t m    = ne.begin()[1];
+    const int64_t rank = b_meta->ne[0];
+
+    const std::string own_name   = make_tn(tn.tensor, "lr_a.weight", tn.bid).str();
+    const std::string group_name = make_tn(group,     "lr_a.weight", tn.bid).str();
+
+    const bool is_own   = ml.get_weight(own_name.c_str())   != nullptr;
+    const bool is_group = ml.get_weight(group_name.c_str()) != nullptr;
+    if (!is_own && !is_group) {
+        throw std::runtime_error(format("tensor '%s' has no projection '%s' or '%s'", b_name.c_str(), own_name.c_str(), group_name.c_str()));
+    }
+
+    check_factor_type(b_meta);
+
+    skipcat_weight weight;
+    weight.owner = create_owner(ml, make_tn, is_own ? tn.tensor : group, tn.bid, n, rank, b_name, create);
+    weight.b     = create(b_tn, { rank, m }, 0);
+    model->created.insert(b_name);
+
+    ggml_tensor * w = ggml_new_tensor_2d(model->ctx.get(), GGML_TYPE_F16, n, m);
+    ggml_set_name(w, w_name.c_str());
+    model->weights.emplace(w, weight);
+
+    return w;
+}
+
+std::shared_ptr<const skipcat_model> skipcat_finish(const llama_model_loader & ml) {
+    if (!ml.skipcat) {
+        return nullptr;
+    }
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (is_factor(name) && ml.skipcat->created.count(name) == 0) {
+            throw std::runtime_error(format("tensor '%s' belongs to no low-rank layer of this architecture", name.c_str()));
+        }
+    }
+    return ml.skipcat;
+}
+
+//
+// graph
+//
+
+// z = x_S + T x_R, or A x without Skip: {rank, n1, n2, n3}
+static ggml_tensor * build_z(ggml_context * ctx, const skipcat_owner & owner, ggml_tensor * x) {
+    if (owner.mask == nullptr) {
+        return ggml_mul_mat(ctx, owner.a, x);
+    }
+
+    if (x->type != GGML_TYPE_F32) {
+        x = ggml_cast(ctx, x, GGML_TYPE_F32);
+    }
+
+    const int64_t n_rest = owner.n - owner.rank;
+    const int64_t n_rows = ggml_nrows(x);
+
+    ggml_tensor * parts = ggml_skip_gather(ctx, x, owner.mask, owner.rank);
+
+    // contiguous [n_part, n1, n2, n3] at an element offset
+    const auto part = [&](int64_t n_part, int64_t offset) {
+        const size_t nb1 = n_part*sizeof(float);
+        const size_t nb2 = nb1*x->ne[1];
+        return ggml_view_4d(ctx, parts, n_part, x->ne[1], x->ne[2], x->ne[3], nb1, nb2, nb2*x->ne[2], offset*sizeof(float));
+    };
+
+    ggml_tensor * x_rest = part(n_rest, 0);
+    ggml_tensor * x_skip = part(owner.rank, n_rest*n_rows);
+
+    return ggml_add(ctx, ggml_mul_mat(ctx, owner.a, x_rest), x_skip);
+}
+
+ggml_tensor * skipcat_mul_mat(
+        ggml_context * ctx,
+        const skipcat_model * model,
+        skipcat_graph_cache & cache,
+        const ggml_tensor * w,
+        ggml_tensor * x) {
+    if (model == nullptr) {
+        return nullptr;
+    }
+    const auto it = model->weights.find(w);
+    if (it == model->weights.end()) {
+        return nullptr;
+    }
+
+    ggml_tensor *& z = cache[{ it->second.owner, x }];
+    if (z == nullptr) {
+        z = build_z(ctx, *it->second.owner, x);
+    }
+
+    return ggml_mul_mat(ctx, it->second.b, z);
+}
+
+void skipcat_check_graph(const skipcat_model * model, ggml_cgraph * gf) {
+    if (model == nullptr) {
+        return;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        for (int j = 0; j < GGML_MAX_SRC; j++) {
+            if (node->src[j] != nullptr && model->weights.count(node->src[j]) != 0) {
+                throw std::runtime_error(format("this architecture uses '%s' in a way that low-rank factors cannot serve", ggml_get_name(node->src[j])));
+            }
+        }
+    }
+}

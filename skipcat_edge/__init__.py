@@ -1,0 +1,3 @@
+"""skipcat-edge: low-rank language models for small devices."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,124 @@
+"""`skipcat-edge convert`: compress a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from skipcat_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from skipcat_converter.pipeline import ConvertResult
+
+METHODS = ("skipcat", "skip", "cat", "svd-llm", "svd")
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="GGUF file to write.")
+@click.option("--ratio", default=0.8, show_default=True,
+              help="Kept share of the linear layers' parameters, above 0; 1 writes a plain dense file.")
+@click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
+@click.option("--head-quant",
+              help="ggml type of token embeddings and output head.  [default: as in the base file]")
+@click.option("--method", default="skipcat", show_default=True, type=click.Choice(METHODS),
+              help="Shared projections and skipped blocks (skipcat), or a part of it for comparison.")
+@click.option("--calibration", type=click.Path(path_type=Path),
+              help="Text file that shows which inputs matter.")
+@click.option("--calib-tokens", type=click.IntRange(1), help="Tokens to read.  [default: up to 65,536]")
+@click.option("--seq-len", type=click.IntRange(2), help="Tokens per calibration window.  [default: 256]")
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option("--base", type=click.Path(path_type=Path),
+              help="Dense GGUF of the same model, instead of converting it here.")
+@click.option("--runtime-source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Pinned llama-cpp-python archive, whose converter is used.  [default: fetch it]")
+@click.option("--force", is_flag=True, help="Replace the output file.")
+def command(
+    source: str,
+    output: Path,
+    ratio: float,
+    quant: str,
+    head_quant: str | None,
+    method: str,
+    calibration: Path | None,
+    calib_tokens: int | None,
+    seq_len: int | None,
+    device: str,
+    seed: int,
+    base: Path | None,
+    runtime_source: Path | None,
+    force: bool,
+) -> None:
+    """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
+    from skipcat_edge.output import check_output
+    from skipcat_edge.synth_plan import weight_type
+
+    if not 0 < ratio <= 1:
+        raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
+    linear, head = weight_type(quant), weight_type(head_quant) if head_quant else None
+    check_output(output, force)
+    try:
+        from skipcat_converter.factorize import METHODS as KNOWN
+        from skipcat_converter.pipeline import ConvertOptions, convert
+        from skipcat_converter.source_model import resolve_source
+        from skipcat_converter.writer import OutputTypes
+    except ImportError as error:
+        raise UserError(
+            f"Converting needs {error.name}; install it with `pip install 'skipcat-edge[convert]'`."
+        ) from None
+    if ratio < 1 and KNOWN[method].whiten and calibration is None:
+        raise UserError(f"Method {method} needs a calibration text; pass --calibration FILE.")
+    from skipcat_edge.gguf_file import require_gguf
+    from skipcat_edge.runtime.source import stock_tree
+
+    directory = resolve_source(source)
+    if base is not None:
+        require_gguf(base)
+    options = ConvertOptions(
+        source=directory, output=output, method=KNOWN[method], ratio=ratio,
+        types=OutputTypes(linear, head), tree=None if base else stock_tree(runtime_source), base=base,
+        calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
+        force=force,
+    )
+    with _phases() as phase:
+        result = convert(options, phase)
+    _report(output, ratio, result)
+
+
+@contextmanager
+def _phases() -> Iterator[Callable[[str, float], object]]:
+    """Gives the pipeline's `Phase`: one bar with time left per phase."""
+    from skipcat_edge.terminal import new_progress
+
+    with new_progress() as progress:
+
+        @contextmanager
+        def phase(title: str, total: float) -> Iterator[Callable[[float], None]]:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.advance(task, amount)
+
+        yield phase
+
+
+def _report(output: Path, ratio: float, result: ConvertResult) -> None:
+    from skipcat_edge.terminal import decimal_bytes
+
+    click.echo(f"{output}: {decimal_bytes(result.output_bytes)}")
+    if result.owners:
+        kept = sum(report.owner.parameters for report in result.owners)
+        dense = sum(report.owner.dense_parameters for report in result.owners)
+        worst = max(result.owners, key=lambda report: report.error)
+        click.echo(f"{len(result.owners)} projections keep {kept / dense:.3f} of their parameters "
+                   f"(asked: {ratio:g}), calibrated on {result.calibration_tokens:,} tokens")
+        click.echo(f"largest relative error: {worst.error:.4f}, block {worst.owner.block} {worst.owner.name}")
+    by_reason: dict[str, list[str]] = {}
+    for tensor, reason in result.dense.items():
+        by_reason.setdefault(reason, []).append(tensor)
+    for reason, tensors in by_reason.items():
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        click.echo(f"stays dense: {tensors[0]}{more}: {reason}")

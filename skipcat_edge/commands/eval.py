@@ -1,0 +1,89 @@
+"""`skipcat-edge eval`: perplexity, or the cosine to a reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from skipcat_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from skipcat_edge.embedding_eval import EmbeddingSimilarity
+    from skipcat_edge.perplexity import Perplexity
+
+
+@click.command(short_help="Measure perplexity, or the cosine to a reference for embedding models.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
+@click.option("--window", default=256, show_default=True, type=click.IntRange(min=2),
+              help="Tokens of a window, BOS included.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Use the first tokens of the text only.")
+@click.option("--reference", type=click.Path(path_type=Path),
+              help="For an embedding model: the dense GGUF it was made from.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(file: Path, text: Path, window: int, max_tokens: int | None, reference: Path | None,
+            threads: int | None, as_json: bool) -> None:
+    """Measure the quality of the model in FILE on a text.
+
+    A generative model: perplexity over windows that each start with BOS. An embedding model: the
+    mean cosine between its sentence embeddings and those of --reference, one for each line.
+    """
+    from skipcat_edge.session import model_info
+
+    if model_info(file).embedding:
+        if reference is None:
+            raise UserError(f"{file} is an embedding model; give its dense GGUF with --reference.")
+        if max_tokens is not None:
+            raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
+        similarity = _similarity(file, reference, text, threads)
+        values, sentence = asdict(similarity), (
+            f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
+            f"over {similarity.lines:,} lines"
+        )
+    else:
+        if reference is not None:
+            raise UserError(f"{file} is a generative model; --reference is for embedding models.")
+        perplexity = _perplexity(file, text, window, max_tokens, threads)
+        values, sentence = asdict(perplexity), (
+            f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
+            f"windows of {window}"
+        )
+    click.echo(json.dumps(values) if as_json else sentence)
+
+
+def _perplexity(file: Path, text: Path, window: int, max_tokens: int | None,
+                threads: int | None) -> Perplexity:
+    from skipcat_edge.perplexity import open_for_perplexity, perplexity, text_chunks
+    from skipcat_edge.terminal import new_progress
+
+    content = _read(text)
+    llama = open_for_perplexity(file, window, threads)
+    chunks = text_chunks(llama, content, window, max_tokens, name=str(text))
+    with new_progress() as progress:
+        task = progress.add_task("windows", total=len(chunks))
+        return perplexity(llama, chunks, advance=lambda: progress.advance(task))
+
+
+def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:
+    from skipcat_edge.embedding_eval import compare, lines_of, open_pair
+    from skipcat_edge.terminal import new_progress
+
+    lines = lines_of(_read(text), name=str(text))
+    model, dense = open_pair(file, reference, threads)
+    with new_progress() as progress:
+        task = progress.add_task("lines", total=len(lines))
+        return compare(model, dense, lines, advance=lambda count: progress.advance(task, count))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None

@@ -1,0 +1,75 @@
+"""`skipcat-edge inspect`: what a GGUF file stores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from skipcat_edge.inspection import Inspection
+
+
+@click.command(short_help="Show ranks, types, sizes and provenance of a GGUF file.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def command(file: Path, as_json: bool) -> None:
+    """Show what FILE stores, layer by layer, low-rank or dense; llama.cpp is not needed.
+
+    The ratio is stored parameters over those of the dense layers that they replace.
+    """
+    from skipcat_edge.inspection import inspect
+
+    inspection = inspect(file)
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(), indent=2))
+    else:
+        _print(inspection)
+
+
+def _short_names(members: list[str]) -> str:
+    """`q k v` for attn_q, attn_k and attn_v; nothing for a member that owns its projection."""
+    return "" if len(members) == 1 else " ".join(name.partition("_")[2] for name in members)
+
+
+def _print(inspection: Inspection) -> None:
+    from rich.markup import escape
+
+    from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
+
+    table = new_table("layer", "owner", "members", "m x n", "rank", "skip", "ratio", "types", "bytes", left=3)
+    rows: list[tuple[int, str, tuple[str, ...]]] = []
+    for owner in inspection.owners:
+        types = dict.fromkeys([owner.type.name, *(member.type.name for member in owner.members)])
+        rows.append((owner.layer, owner.name, (
+            _short_names([member.name for member in owner.members]), f"{owner.m} x {owner.n}",
+            f"{owner.rank}/{owner.full_rank}", "yes" if owner.skip else "no", f"{owner.ratio:.3f}",
+            " ".join(types), decimal_bytes(owner.total_bytes),
+        )))
+    for dense in inspection.dense_layers:
+        rows.append((dense.layer, dense.name, (
+            "", f"{dense.m} x {dense.n}", "dense", "", "", dense.type, decimal_bytes(dense.nbytes),
+        )))
+    for layer, name, cells in sorted(rows):
+        table.add_row(str(layer), name, *cells)
+
+    totals = inspection.totals
+    console = stdout_console()
+    size = decimal_bytes(inspection.file_bytes)
+    console.print(escape(f"{inspection.file}: {inspection.architecture}, {size}"))
+    if rows:
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(
+        f"linear layers: {totals.stored_parameters:,} of {totals.dense_parameters:,} parameters stored "
+        f"(ratio {totals.ratio:.4f})"
+    )
+    console.print(
+        f"bytes: {totals.low_rank_bytes:,} low-rank, {totals.dense_layer_bytes:,} dense layers, "
+        f"{totals.other_bytes:,} other (embeddings, head, norms, biases)"
+    )
+    for key, value in inspection.keys.items():
+        console.print(escape(f"{key}: {value}"))

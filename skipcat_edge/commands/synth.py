@@ -1,0 +1,54 @@
+"""`skipcat-edge synth`: write a random-weight model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from skipcat_edge.model_table import MODELS
+
+
+@click.command(epilog=f"Known models: {', '.join(MODELS)}.")
+@click.argument("name")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="GGUF file to write.")
+@click.option("--ratio", default=1.0, show_default=True,
+              help="Kept share of the linear layers' parameters, above 0; 1 is a plain dense model.")
+@click.option("--quant", default="Q8_0", show_default=True,
+              help="ggml type of all weights, embeddings and head included. Weights whose rows are not "
+                   "whole blocks of the type are stored as F16.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1),
+              help="Seed of the weights and skip sets.")
+@click.option("--source", type=click.Path(exists=True, path_type=Path),
+              help="Pinned llama-cpp-python source, archive or directory, to take the vocabulary from.  "
+                   "[default: fetch it]")
+@click.option("--force", is_flag=True, help="Replace the output file.")
+def command(name: str, output: Path, ratio: float, quant: str, seed: int, source: Path | None,
+            force: bool) -> None:
+    """Write a random-weight model with the dimensions of NAME.
+
+    It tells how fast a model would be on this device, dense or low-rank, without downloading it.
+    """
+    from skipcat_edge.runtime.source import stock_tree
+    from skipcat_edge.synth import check_output, write
+    from skipcat_edge.synth_plan import model_dimensions, plan, weight_type
+    from skipcat_edge.terminal import decimal_bytes, new_progress
+
+    planned = plan(model_dimensions(name), weight_type(quant), ratio, seed)
+    check_output(output, force)
+    tree = source if source is not None and source.is_dir() else stock_tree(source)
+    megabyte = 1e6
+    with new_progress() as progress:
+        task = progress.add_task("Writing (MB)", total=planned.nbytes / megabyte)
+        write(planned, output, tree, force=force,
+              advance=lambda nbytes: progress.advance(task, nbytes / megabyte))
+    click.echo(
+        f"{output}: {planned.parameters / 1e9:.2f} B parameters, {planned.type.name}, "
+        f"{decimal_bytes(output.stat().st_size)}"
+        + (f", linear layers at ratio {planned.kept:.3f}." if planned.low_rank else ".")
+    )
+    if fallbacks := planned.fallbacks:
+        click.echo(
+            f"{len(fallbacks)} weights are F16 because their rows are not whole blocks of "
+            f"{planned.type.name}, {fallbacks[0].name} for one."
+        )

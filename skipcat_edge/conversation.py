@@ -1,0 +1,114 @@
+"""A conversation: the file's chat template, the turns so far, and a context that never overflows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from skipcat_edge.errors import UserError
+from skipcat_edge.generation import Sampling, Statistics, encode, generate
+from skipcat_edge.session import import_llama_cpp
+
+_KEY_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the user wrote and what the model answered."""
+
+    user: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    text: str
+    dropped: int
+    """Oldest turns that were dropped to make room for it."""
+    statistics: Statistics
+
+
+class Conversation:
+    """Turns with a model, formatted by the chat template of its file.
+
+    Without a template the text so far is continued: turns follow one another on new lines.
+    """
+
+    def __init__(self, llama: Any, *, context: int, max_tokens: int, sampling: Sampling) -> None:
+        """`context`: tokens that the turns and the reply share; `max_tokens`: most of one reply."""
+        self._llama = llama
+        self._context = context
+        self._max_tokens = max_tokens
+        self._sampling = sampling
+        self._formatter = _formatter(llama)
+        self.turns: list[Turn] = []
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file has a chat template."""
+        return self._formatter is not None
+
+    def reply(self, user: str, emit: Callable[[str], None]) -> Reply:
+        """Answer `user`; `emit` gets the text as it comes. Oldest turns are dropped when it is full.
+
+        Raises UserError if `user` alone does not fit, or the template refuses it; the
+        conversation is then as it was before.
+        """
+        tokens, dropped = self._prompt(user)
+        del self.turns[:dropped]
+        parts: list[str] = []
+
+        def keep(text: str) -> None:
+            if self.has_template and not parts:
+                text = text.lstrip()
+            if text:
+                parts.append(text)
+                emit(text)
+
+        statistics = generate(self._llama, tokens, max_tokens=self._max_tokens, context=self._context,
+                              emit=keep, sampling=self._sampling)
+        self.turns.append(Turn(user, "".join(parts)))
+        return Reply("".join(parts), dropped, statistics)
+
+    def _prompt(self, user: str) -> tuple[list[int], int]:
+        """Tokens of the turns that leave room for a reply, and how many turns that drops."""
+        room = min(self._max_tokens, self._context // 4)
+        for dropped in range(len(self.turns) + 1):
+            tokens = encode(self._llama, self._format([*self.turns[dropped:], Turn(user, "")]))
+            if len(tokens) + room <= self._context:
+                return tokens, dropped
+        raise UserError(
+            f"This message has {len(tokens)} tokens, but a context of {self._context} with room for a "
+            f"reply holds {self._context - room}; shorten it or raise --context."
+        )
+
+    def _format(self, turns: list[Turn]) -> str:
+        if self._formatter is None:
+            return "\n".join(turn.user + turn.reply for turn in turns)
+        messages: list[dict[str, str]] = []
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": turn.reply})
+        try:
+            return str(self._formatter(messages=messages[:-1]).prompt)
+        except Exception as error:  # a template is a program of its own
+            raise UserError(f"The file's chat template refuses this conversation: {error}.") from None
+
+
+def _formatter(llama: Any) -> Any:
+    template = llama.metadata.get(_KEY_TEMPLATE)
+    if template is None:
+        return None
+    llama_cpp = import_llama_cpp()
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+
+    def text(token: int) -> str:
+        return "" if token < 0 else str(llama_cpp.llama_vocab_get_text(vocab, token).decode())
+
+    return llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+        template=template, eos_token=text(llama_cpp.llama_vocab_eos(vocab)),
+        bos_token=text(llama_cpp.llama_vocab_bos(vocab)),
+    )

@@ -1,0 +1,65 @@
+"""llama.cpp's C API for whole batches, without the cost of Python per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from skipcat_edge.session import decode_error, import_llama_cpp
+
+
+def clear(llama: Any) -> None:
+    """Forget all tokens. A model without a cache, an encoder, has nothing to forget."""
+    llama_cpp = import_llama_cpp()
+    memory = llama_cpp.llama_get_memory(llama.ctx)
+    if memory:
+        llama_cpp.llama_memory_clear(memory, True)
+
+
+def time_batches(llama: Any, batches: Sequence[Sequence[int]]) -> float:
+    """Seconds to decode `batches` of tokens one after the other, from an empty cache.
+
+    Raises UserError if llama.cpp fails.
+    """
+    llama_cpp = import_llama_cpp()
+    clear(llama)
+    arrays = [(llama_cpp.llama_token * len(tokens))(*tokens) for tokens in batches]
+    seconds = 0.0
+    for array in arrays:
+        batch = llama_cpp.llama_batch_get_one(array, len(array))
+        started = time.perf_counter()
+        code = llama_cpp.llama_decode(llama.ctx, batch)
+        llama_cpp.llama_synchronize(llama.ctx)
+        seconds += time.perf_counter() - started
+        if code:
+            raise decode_error(f"llama_decode returned {code}")
+    return seconds
+
+
+def all_logits(llama: Any, tokens: Sequence[int]) -> Any:
+    """Logits after each of `tokens`, from an empty cache: float32 [tokens, vocabulary].
+
+    A view of llama.cpp's own memory, valid until the next call. Raises UserError if llama.cpp fails.
+    """
+    import numpy as np
+
+    llama_cpp = import_llama_cpp()
+    clear(llama)
+    count = len(tokens)
+    batch = llama_cpp.llama_batch_init(count, 0, 1)
+    try:
+        batch.n_tokens = count
+        for index, token in enumerate(tokens):
+            batch.token[index] = token
+            batch.pos[index] = index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = True
+        code = llama_cpp.llama_decode(llama.ctx, batch)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if code:
+        raise decode_error(f"llama_decode returned {code}")
+    pointer = llama_cpp.llama_get_logits(llama.ctx)
+    return np.ctypeslib.as_array(pointer, shape=(count, llama.n_vocab()))

@@ -1,0 +1,270 @@
+"""The low-rank GGUF format, version 1: the only place that knows tensor names and keys.
+
+A linear layer W: [m, n] is stored as y = B' z with z = x_S + T x_R, where S (the skip set)
+holds the r inputs whose block of A is the identity and R the other n - r, or, without
+Skip, z = A x. Shapes in this module's docstrings are NumPy's (rows first); ggml lists them
+the other way round.
+
+    blk.N.<owner>.lr_a.weight    T: [r, n - r], or A: [r, n] without Skip
+    blk.N.<owner>.skip_mask      I32 [ceil(n / 32)], bit j set: input j is in S
+    blk.N.<member>.lr_b.weight   B': [m, r]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skipcat_edge.errors import FormatError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFReader
+
+FORMAT_VERSION = 1
+RUNTIME_MIN = "skipcat.1"
+ARCHITECTURE_PREFIX = "skipcat-"
+
+KEY_ARCHITECTURE = "general.architecture"
+KEY_FORMAT_VERSION = "skipcat.format_version"
+KEY_RUNTIME_MIN = "skipcat.runtime_min"
+KEY_RATIO = "skipcat.ratio"
+KEY_METHOD = "skipcat.method"
+KEY_SOURCE_NAME = "skipcat.source.name"
+KEY_CALIBRATION_SHA256 = "skipcat.calibration.sha256"
+KEY_CALIBRATION_TOKENS = "skipcat.calibration.tokens"
+KEY_SEED = "skipcat.seed"
+
+# Linear layers that read the same input. A layer whose projection is shared is owned by the
+# group, any other by itself.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "attn_in": ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    "attn_out": ("attn_output",),
+    "ffn_in": ("ffn_gate", "ffn_up"),
+    "ffn_out": ("ffn_down",),
+}
+GROUP_OF: Mapping[str, str] = {member: group for group, members in GROUPS.items() for member in members}
+
+# Layers that llama.cpp's graphs of these architectures multiply without `build_lora_mm`, so
+# that no factors can stand in for them. tests/test_pinned_source.py derives the same table
+# from the pinned source.
+UNSERVED: Mapping[str, frozenset[str]] = {
+    "bailingmoe3": frozenset({"attn_q", "attn_k", "attn_v", "attn_output"}),
+    "deepseek2": frozenset({"attn_q"}),
+    "glm5-next": frozenset({"attn_output"}),
+    "granite-switch": frozenset({"attn_qkv"}),
+    "kimi-k3": frozenset({"attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}),
+    "kimi-linear": frozenset({"attn_qkv", "attn_q", "attn_output"}),
+    "plm": frozenset({"attn_q"}),
+}
+
+_TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(lr_a|lr_b|skip_mask)(\..*)?$")
+
+
+def weight_name(layer: int, member: str) -> str:
+    """Name of a dense weight, for example `blk.3.attn_q.weight`."""
+    return f"blk.{layer}.{member}.weight"
+
+
+def lr_a_name(layer: int, owner: str) -> str:
+    """Name of an owner's T, or of its A without Skip."""
+    return f"blk.{layer}.{owner}.lr_a.weight"
+
+
+def lr_b_name(layer: int, member: str) -> str:
+    """Name of a member's B'."""
+    return f"blk.{layer}.{member}.lr_b.weight"
+
+
+def skip_mask_name(layer: int, owner: str) -> str:
+    """Name of an owner's skip mask."""
+    return f"blk.{layer}.{owner}.skip_mask"
+
+
+def owner_of(members: Iterable[str]) -> str:
+    """The owner's name for `members` of one group: the group if they share, else the member."""
+    names = tuple(members)
+    return names[0] if len(names) == 1 else GROUP_OF[names[0]]
+
+
+def pack_skip_mask(skip: np.ndarray) -> np.ndarray:
+    """Pack `skip`: bool [n] into I32 words [ceil(n / 32)], bit j % 32 of word j // 32."""
+    bits = np.zeros(-(-len(skip) // 32) * 32, dtype=np.uint8)
+    bits[: len(skip)] = skip
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32).view(np.int32)
+
+
+def unpack_skip_mask(words: np.ndarray, n: int) -> np.ndarray:
+    """Inverse of `pack_skip_mask`: bool [n]. Raises ValueError on a wrong length or stray bits."""
+    if words.shape != (-(-n // 32),):
+        raise ValueError(f"expected {-(-n // 32)} words for {n} inputs, got {list(words.shape)}")
+    bits = np.unpackbits(words.view(np.uint32).astype("<u4").view(np.uint8), bitorder="little")
+    if bits[n:].any():
+        raise ValueError(f"a bit past input {n - 1} is set")
+    return bits[:n].astype(bool)
+
+
+def block_size(type_: GGMLQuantizationType) -> int:
+    """Elements of one quantisation block (1 for F32, F16 and BF16)."""
+    from gguf import GGML_QUANT_SIZES
+
+    return int(GGML_QUANT_SIZES[type_][0])
+
+
+def tensor_bytes(type_: GGMLQuantizationType, rows: int, columns: int) -> int:
+    """Bytes of a [rows, columns] tensor of `type_`."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[type_]
+    return int(rows * (columns // block) * size)
+
+
+def rank_grid(type_: GGMLQuantizationType) -> int:
+    """Ranks are multiples of this: ggml's fast paths need 8, quantised rows whole blocks."""
+    return max(8, block_size(type_))
+
+
+def factor_type(type_: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """`type_`, or F16 where rows of `columns` elements are not whole blocks."""
+    from gguf import GGMLQuantizationType
+
+    return type_ if columns % block_size(type_) == 0 else GGMLQuantizationType.F16
+
+
+def factor_parameters(m: int, n: int, rank: int, skip: bool) -> int:
+    """Parameters of B': [m, r] and T: [r, n - r] (A: [r, n] without Skip)."""
+    return rank * (m + n - rank) if skip else rank * (m + n)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One factored linear layer of a file: B': [m, r]."""
+
+    name: str
+    m: int
+    type: GGMLQuantizationType
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One shared projection of a file with the layers that read it."""
+
+    layer: int
+    name: str
+    n: int
+    rank: int
+    skip: bool
+    type: GGMLQuantizationType
+    nbytes: int
+    """Bytes of T (or A) and of the mask, without the members' B'."""
+    members: tuple[Member, ...]
+
+    @property
+    def m(self) -> int:
+        """Outputs of all members."""
+        return sum(member.m for member in self.members)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything the owner and its members store."""
+        return self.nbytes + sum(member.nbytes for member in self.members)
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters (the mask is not counted)."""
+        return factor_parameters(self.m, self.n, self.rank, self.skip)
+
+    @property
+    def full_rank(self) -> int:
+        """The rank that would lose nothing: min(m, n)."""
+        return min(self.m, self.n)
+
+    @property
+    def ratio(self) -> float:
+        """Stored parameters over dense parameters."""
+        return self.parameters / (self.m * self.n)
+
+
+def field_value(reader: GGUFReader, key: str) -> Any:
+    """Value of a metadata key, or None if the file does not have it."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def is_low_rank(reader: GGUFReader) -> bool:
+    """Whether the file's architecture carries this format's prefix."""
+    return str(field_value(reader, KEY_ARCHITECTURE) or "").startswith(ARCHITECTURE_PREFIX)
+
+
+def read_owners(reader: GGUFReader) -> list[Owner]:
+    """All owners of a file, by layer; [] for a plain dense file.
+
+    Raises FormatError, naming the tensor or key, where the file breaks the format.
+    """
+    if not is_low_rank(reader):
+        return []
+    version = field_value(reader, KEY_FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{KEY_FORMAT_VERSION} is {version}, but this version reads {FORMAT_VERSION}; "
+            "update skipcat-edge, or convert the model again."
+        )
+    found: dict[str, dict[tuple[int, str], Any]] = {"lr_a": {}, "lr_b": {}, "skip_mask": {}}
+    for tensor in reader.tensors:
+        match = _TENSOR.match(tensor.name)
+        if match is None:
+            continue
+        layer, name, role, rest = int(match[1]), match[2], match[3], match[4]
+        if rest != (None if role == "skip_mask" else ".weight"):
+            raise FormatError(f"{tensor.name}: not a tensor of format version {FORMAT_VERSION}.")
+        _check_layout(tensor, role)
+        found[role][layer, name] = tensor
+
+    members: dict[tuple[int, str], list[Member]] = {}
+    for (layer, name), b in found["lr_b"].items():
+        owner = (layer, name) if (layer, name) in found["lr_a"] else (layer, GROUP_OF.get(name, ""))
+        if owner not in found["lr_a"]:
+            raise FormatError(f"{b.name}: its projection {lr_a_name(layer, name)} is missing.")
+        member = Member(name, int(b.shape[1]), b.tensor_type, int(b.n_bytes))
+        members.setdefault(owner, []).append(member)
+    stray = sorted(found["skip_mask"].keys() - found["lr_a"].keys())
+    if stray:
+        raise FormatError(f"{skip_mask_name(*stray[0])}: its projection is missing.")
+    return [
+        _read_owner(key, a, found["skip_mask"].get(key), found["lr_b"], members.get(key, []))
+        for key, a in sorted(found["lr_a"].items())
+    ]
+
+
+def _check_layout(tensor: Any, role: str) -> None:
+    dimensions = 1 if role == "skip_mask" else 2
+    if len(tensor.shape) != dimensions or not tensor.n_elements:
+        raise FormatError(f"{tensor.name}: shape {tensor.shape.tolist()} instead of {dimensions} dimensions.")
+    if role == "skip_mask" and tensor.data.dtype != np.int32:
+        raise FormatError(f"{tensor.name}: type {tensor.tensor_type.name}, but a mask is I32.")
+
+
+def _read_owner(key: tuple[int, str], a: Any, mask: Any, lr_b: Mapping[tuple[int, str], Any],
+                members: list[Member]) -> Owner:
+    layer, name = key
+    if not members:
+        raise FormatError(f"{a.name}: no layer reads this projection.")
+    rank, n = int(a.shape[1]), int(a.shape[0])
+    if mask is not None:
+        n += rank
+        try:
+            popcount = int(unpack_skip_mask(np.asarray(mask.data), n).sum())
+        except ValueError as error:
+            raise FormatError(f"{mask.name}: {error}.") from None
+        if popcount != rank:
+            raise FormatError(f"{mask.name}: {popcount} inputs are set, but the rank is {rank}.")
+    for member in members:
+        b = lr_b[layer, member.name]
+        if int(b.shape[0]) != rank:
+            raise FormatError(f"{b.name}: rank {int(b.shape[0])}, but its projection has rank {rank}.")
+    nbytes = int(a.n_bytes) + (0 if mask is None else int(mask.n_bytes))
+    return Owner(layer, name, n, rank, mask is not None, a.tensor_type, nbytes, tuple(members))

@@ -1,0 +1,20 @@
+"""The uniform rank rule: the same ratio for every projection."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from skipcat_edge.format import factor_parameters
+
+
+def uniform_rank(m: int, n: int, ratio: float, skip: bool, grid: int) -> int:
+    """The largest rank of a factored W: [m, n] that keeps at most `ratio` of its parameters.
+
+    Ranks are multiples of `grid`, at most min(m, n), and below n with Skip, where T: [r, n - r]
+    must not be empty. Returns 0 if not even one grid step fits.
+    """
+    largest = min(m, n - 1) if skip else min(m, n)
+    # Up to `largest` the parameters grow with the rank, so the ranks can be bisected.
+    return grid * bisect_right(
+        range(grid, largest + 1, grid), ratio * m * n, key=lambda rank: factor_parameters(m, n, rank, skip)
+    )

@@ -1,0 +1,137 @@
+"""Build the wheel of the patched llama-cpp-python, and install it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from skipcat_edge.errors import UserError
+from skipcat_edge.runtime.pin import patches_dir, read_pin
+from skipcat_edge.runtime.progress import run_logged
+from skipcat_edge.runtime.source import log_path, patched_tree
+
+# The largest translation units of llama.cpp take about this much memory to compile.
+_BYTES_PER_JOB = 600 * 2**20
+# CMake's default install rules put a second copy of the libraries, and headers, at the top of
+# site-packages; llama_cpp/lib is what is loaded.
+_WHEEL_EXCLUDE = ("/lib/**", "/include/**", "/bin/**")
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a program: of this environment (which need not be activated) or on PATH."""
+    here = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join([here, os.environ.get("PATH", os.defpath)]))
+
+
+def cmake_args() -> list[str]:
+    """CMake arguments that the wheel and the native tools share, SKIPCAT_EDGE_CMAKE_ARGS last."""
+    args = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DGGML_RPC=ON",
+        "-DLLAVA_BUILD=OFF",
+        # Wheels hold no symbolic links: libllama.so, .so.0 and .so.0.5.0 would be three copies.
+        "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
+        # Unity sources with relative paths are the same in every tree (CMake 4 on; else ignored).
+        "-DCMAKE_UNITY_BUILD_RELOCATABLE=ON",
+        f"-DCMAKE_PROJECT_INCLUDE={patches_dir() / 'flags.cmake'}",
+    ]
+    if ccache := find_tool("ccache"):
+        args += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("C", "CXX")]
+    return args + shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))
+
+
+def build_env(tree: Path) -> dict[str, str]:
+    """Environment of a build of `tree`, whose build directory lies beside it."""
+    env = dict(os.environ)
+    # CMAKE_ARGS belongs to other projects' builds; ours reads SKIPCAT_EDGE_CMAKE_ARGS.
+    env.pop("CMAKE_ARGS", None)
+    return env | compilers() | {
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs()),
+        "PYTHONUNBUFFERED": "1",
+        "NINJA_STATUS": "[%f/%t] ",
+        # Objects are shared between trees in different places.
+        "CCACHE_BASEDIR": str(tree.parent),
+        "CCACHE_NOHASHDIR": "1",
+        # A cache inside some repository must not compile that repository's commit in.
+        "GIT_CEILING_DIRECTORIES": str(tree.parent),
+    }
+
+
+def build_dir(tree: Path, name: str) -> Path:
+    """Build directory beside `tree`, its objects kept but not what earlier CMake arguments set."""
+    directory = tree.parent / name
+    (directory / "CMakeCache.txt").unlink(missing_ok=True)
+    return directory
+
+
+def jobs() -> int:
+    """Compilers to run at once: one per core that this process may use, if memory allows."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, int(psutil.virtual_memory().total // _BYTES_PER_JOB)))
+
+
+def compilers() -> dict[str, str]:
+    """CC and CXX of every build: CMake and scikit-build-core would choose different names for one
+    compiler, and ccache takes those for two. Raises UserError if there is no C++ compiler."""
+    if sys.platform == "win32":
+        return {}
+    found = {}
+    for variable, names in (("CC", ("cc", "gcc", "clang")), ("CXX", ("c++", "g++", "clang++"))):
+        compiler = os.environ.get(variable) or next(filter(None, map(find_tool, names)), None)
+        if compiler is None:
+            raise UserError("No C++ compiler was found; install one, for example `sudo apt install g++`.")
+        found[variable] = compiler
+    return found
+
+
+def build_wheel(out: Path, source: Path | None = None) -> Path:
+    """Build the patched wheel into the directory `out`; returns its path.
+
+    `source`: archive or unpacked tree to use instead of the package index. Raises UserError with
+    the log's path if the build fails; `out` then holds nothing new.
+    """
+    compilers()  # before anything is fetched
+    tree = patched_tree(source)
+    env = build_env(tree) | {
+        # Environment variables, because pip passes --config-settings only since 22.1 and repeated
+        # ones only since 23.1.
+        "SKBUILD_CMAKE_ARGS": ";".join(
+            [*cmake_args(), f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={patches_dir() / 'wheel.cmake'}"]
+        ),
+        "SKBUILD_BUILD_TARGETS": "llama",
+        "SKBUILD_BUILD_DIR": str(build_dir(tree, "wheel")),
+        "SKBUILD_WHEEL_EXCLUDE": ";".join(_WHEEL_EXCLUDE),
+    }
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--verbose", "--disable-pip-version-check"]
+    if find_spec("scikit_build_core") is not None and find_tool("cmake") and find_tool("ninja"):
+        command.append("--no-build-isolation")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as temp:
+        run_logged([*command, "--wheel-dir", temp, str(tree)], title="Building the runtime",
+                   log=log_path("wheel"), env=env)
+        (wheel,) = Path(temp).glob("*.whl")
+        target = out / wheel.name
+        wheel.replace(target)
+    return target
+
+
+def install_wheel(wheel: Path) -> None:
+    """Install `wheel` into this Python's environment, in place of any llama-cpp-python there."""
+    pin = read_pin()
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", str(wheel)]
+    try:
+        # pip skips a version that it sees installed; what that one depends on is there already.
+        if metadata.version(pin.package) == pin.wheel_version:
+            command += ["--force-reinstall", "--no-deps"]
+    except metadata.PackageNotFoundError:
+        pass
+    run_logged(command, title=f"Installing {wheel.name}", log=log_path("install"))

@@ -1,0 +1,188 @@
+"""Opening a model in llama.cpp: quiet, with threads chosen, and with its failures explained."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from skipcat_edge.errors import UserError
+from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
+from skipcat_edge.gguf_file import open_gguf, require_gguf
+from skipcat_edge.runtime.check import BUILD_COMMAND
+
+BATCH = 512
+_CONTEXT_STEP = 256  # llama.cpp rounds contexts up to this
+
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; llama_cpp does not name them
+_FUNCTION = re.compile(r"^(\w+: )+")
+_UNINFORMATIVE = re.compile(r"(failed to load model|^failed to initialize the context$)")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a GGUF file says about its model, read without llama.cpp."""
+
+    architecture: str
+    """llama.cpp's name, without this format's prefix."""
+    context_length: int
+    """Tokens the model was trained for; 0 where the file does not say."""
+    embedding: bool
+    """It gives sentence embeddings, not next tokens."""
+    pooled: bool
+    """The file says how token embeddings are pooled."""
+
+
+def model_info(path: Path) -> ModelInfo:
+    """Read `path`'s metadata. Raises UserError if it is missing or not a sound GGUF file."""
+    from gguf import Keys
+
+    reader = open_gguf(path)
+    architecture = str(field_value(reader, KEY_ARCHITECTURE) or "").removeprefix(ARCHITECTURE_PREFIX)
+
+    def value(key: str) -> Any:
+        return field_value(reader, key.format(arch=architecture))
+
+    pooled = bool(value(Keys.LLM.POOLING_TYPE))
+    return ModelInfo(
+        architecture=architecture,
+        context_length=int(value(Keys.LLM.CONTEXT_LENGTH) or 0),
+        embedding=pooled or value(Keys.Attention.CAUSAL) is False,
+        pooled=pooled,
+    )
+
+
+def default_threads() -> int:
+    """One thread for each physical core that this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def import_llama_cpp() -> Any:
+    """The llama_cpp module, with its log kept instead of printed.
+
+    Raises UserError where it is not installed or its library does not load.
+    """
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        missing = "llama_cpp" if error.name == "llama_cpp" else f"llama_cpp's dependency {error.name}"
+        raise UserError(f"{missing} is not installed; run `{BUILD_COMMAND}`.") from None
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(f"llama_cpp does not load ({error}); run `{BUILD_COMMAND}`.") from None
+    _keep_log()
+    return llama_cpp
+
+
+def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BATCH,
+               threads: int | None = None, embedding: bool = False, pooled: bool = True) -> Any:
+    """Load `path` as a llama_cpp.Llama.
+
+    Args:
+        context: tokens that fit in it; rounded up to llama.cpp's step of 256.
+        batch: most tokens of one llama_decode; `ubatch` of them are computed at a time.
+        embedding: return pooled embeddings, all tokens of a batch computed at once.
+        pooled: the file names its pooling; otherwise the mean is used.
+
+    Raises:
+        UserError: the file is missing, not GGUF, or refused by llama.cpp (with its reason and
+            the tensor it names); llama_cpp is not installed or not patched; not enough memory.
+    """
+    require_gguf(path)
+    llama_cpp = import_llama_cpp()
+    errors = _keep_log()
+    errors.clear()
+    threads = threads or default_threads()
+    try:
+        llama = llama_cpp.Llama(
+            str(path), n_ctx=-(-context // _CONTEXT_STEP) * _CONTEXT_STEP, n_batch=batch,
+            n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
+            embedding=embedding, verbose=False, flash_attn=True,  # llama.cpp's own default, not llama_cpp's
+            pooling_type=(llama_cpp.LLAMA_POOLING_TYPE_MEAN if embedding and not pooled
+                          else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED),
+        )
+    except Exception as error:
+        if type(error).__module__.startswith("jinja2"):
+            raise UserError(f"{path}: its chat template is broken ({error}); convert it again.") from None
+        raise _load_error(path, context, str(error), errors, llama_cpp) from None
+    if llama_cpp.llama_model_has_encoder(llama.model):
+        raise UserError(f"{path} is an encoder-decoder model; only decoders and encoders are supported.")
+    return llama
+
+
+def open_generative(path: Path, context: int, threads: int | None = None) -> Any:
+    """Load a model that continues text. Raises UserError as `open_model`, and for embedding models."""
+    if model_info(path).embedding:
+        raise UserError(f"{path} is an embedding model and writes no text; use `skipcat-edge eval` on it.")
+    return open_model(path, context=context, threads=threads)
+
+
+def open_embedding(path: Path, context: int, threads: int | None = None) -> Any:
+    """Load a model that embeds text of up to `context` tokens. Raises UserError as `open_model`."""
+    return open_model(path, context=context, batch=context, threads=threads, embedding=True,
+                      pooled=model_info(path).pooled)
+
+
+def decode_error(raised: str) -> UserError:
+    """The error for a llama_decode that failed, with llama.cpp's reason or else `raised`."""
+    reason = _reason(_keep_log()) or raised
+    return UserError(f"llama.cpp could not compute a batch: {reason}; free memory or use a smaller context.")
+
+
+def _load_error(path: Path, context: int, raised: str, errors: deque[str], llama_cpp: Any) -> UserError:
+    reason = _reason(errors) or raised.rstrip(".")
+    unknown = re.search(rf"unknown model architecture: '({ARCHITECTURE_PREFIX}[^']*)'", reason)
+    if unknown:
+        return UserError(
+            f"{path} has the architecture {unknown[1]}, which the installed llama_cpp "
+            f"{llama_cpp.__version__} does not know; run `{BUILD_COMMAND}`."
+        )
+    if "llama_context" in raised:
+        return UserError(
+            f"{path}: a context of {context} tokens cannot be created: {reason}; use a smaller one."
+        )
+    return UserError(f"{path} cannot be loaded: {reason}; convert or copy it again.")
+
+
+def _reason(errors: deque[str]) -> str:
+    """llama.cpp's error lines as part of a sentence, without its function names."""
+    reasons: list[str] = []
+    for line in errors:
+        text = _FUNCTION.sub("", _FUNCTION.sub("", line.strip()).removeprefix("error loading model: "))
+        text = " ".join(text.rstrip(".").split())
+        if text and text not in reasons:
+            reasons.append(text)
+    return "; ".join([text for text in reasons if not _UNINFORMATIVE.search(text)] or reasons[:1])
+
+
+@lru_cache(maxsize=1)
+def _keep_log() -> deque[str]:
+    """Send llama.cpp's log to us; the deque holds its last error lines."""
+    import llama_cpp
+
+    errors: deque[str] = deque(maxlen=8)
+    last_level = 0
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        nonlocal last_level
+        line = text.decode("utf-8", errors="replace")
+        if level == _LOG_ERROR:
+            errors.append(line)
+        elif level == _LOG_CONTINUED and last_level == _LOG_ERROR and errors:
+            errors[-1] += line
+        last_level = last_level if level == _LOG_CONTINUED else level
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    _CALLBACKS.append(log)
+    return errors
+
+
+_CALLBACKS: list[Any] = []  # llama.cpp keeps no reference of its own

@@ -1,0 +1,213 @@
+"""The tensors of a random-weight model: a known model's dimensions, dense or low-rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from skipcat_edge import format as fmt
+from skipcat_edge.errors import UserError
+from skipcat_edge.model_table import MODELS, LinearGroup, ModelDimensions, RopeScaling
+from skipcat_edge.ranks import uniform_rank
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+# Integers, types that ggml only computes with, and types that need an importance matrix.
+_NOT_FOR_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "IQ1_S", "IQ2_XXS", "IQ2_XS"}
+
+
+class Role(Enum):
+    """What a tensor is for."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    LINEAR = "linear"
+    """Of a transformer block: what low rank compresses."""
+    VECTOR = "vector"
+    """Norm weights and biases."""
+    CONSTANT = "constant"
+    """Not trained: skip masks and rotary factors."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file to be; `shape` is NumPy's (rows first)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    role: Role
+    data: np.ndarray | None = None
+    """The values, or None for random weights with standard deviation 1 / sqrt(columns)."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without alignment."""
+        return fmt.tensor_bytes(self.type, math.prod(self.shape[:-1]), self.shape[-1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to be written."""
+
+    model: ModelDimensions
+    type: GGMLQuantizationType
+    ratio: float
+    """The ratio that was asked for."""
+    seed: int
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the linear layers are factored."""
+        return self.ratio < 1
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters of the whole model."""
+        return sum(tensor.elements for tensor in self.tensors if tensor.role is not Role.CONSTANT)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of the blocks' linear layers, which is also their multiplications per token."""
+        return sum(tensor.elements for tensor in self.tensors if tensor.role is Role.LINEAR)
+
+    @property
+    def kept(self) -> float:
+        """The ratio that was reached: linear parameters over those of the dense model."""
+        dense = self.model.n_layer * sum(group.m * group.n for group in self.model.groups)
+        return self.linear_parameters / dense
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that decoding one token reads: all but an embedding table that is not the head."""
+        unread = set() if self.model.tied_head else {Role.EMBEDDING}
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.role not in unread)
+
+    @property
+    def fallbacks(self) -> tuple[PlannedTensor, ...]:
+        """Weights whose rows are not whole blocks of the type, and are stored as F16."""
+        matrices = {Role.EMBEDDING, Role.HEAD, Role.LINEAR}
+        return tuple(
+            tensor for tensor in self.tensors if tensor.role in matrices and tensor.type != self.type
+        )
+
+
+def model_dimensions(name: str) -> ModelDimensions:
+    """The table's entry. Raises UserError, listing the known names."""
+    if name not in MODELS:
+        raise UserError(f"{name!r} is not a known model; choose one of {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def weight_type(name: str) -> GGMLQuantizationType:
+    """The ggml type called `name`, in any case. Raises UserError if weights cannot have it."""
+    from gguf import GGMLQuantizationType
+
+    usable = {type_.name: type_ for type_ in GGMLQuantizationType if type_.name not in _NOT_FOR_WEIGHTS}
+    if name.upper() not in usable:
+        raise UserError(
+            f"{name!r} is not a type that random weights can have; choose one of {', '.join(usable)}."
+        )
+    return usable[name.upper()]
+
+
+def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed: int) -> Plan:
+    """The tensors of `model`: dense at ratio 1, otherwise low-rank with Skip and shared projections.
+
+    Raises UserError for a ratio outside (0, 1] or one that no rank can keep.
+    """
+    if not 0 < ratio <= 1:
+        raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
+    rng = np.random.default_rng(seed)
+    return Plan(model, type_, ratio, seed, tuple(_tensors(model, type_, ratio, rng)))
+
+
+def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
+             rng: np.random.Generator) -> Iterator[PlannedTensor]:
+    from gguf import MODEL_TENSOR as TENSOR
+    from gguf import TENSOR_NAMES
+    from gguf import GGMLQuantizationType as Types
+
+    def name(tensor: TENSOR, layer: int = 0, suffix: str = "weight") -> str:
+        return f"{TENSOR_NAMES[tensor].format(bid=layer)}.{suffix}"
+
+    def norm(tensor: TENSOR, layer: int = 0) -> PlannedTensor:
+        ones = np.ones(model.n_embd, np.float32)
+        return PlannedTensor(name(tensor, layer), ones.shape, Types.F32, Role.VECTOR, ones)
+
+    yield _matrix(name(TENSOR.TOKEN_EMBD), model.n_vocab, model.n_embd, type_, Role.EMBEDDING)
+    if not model.tied_head:
+        yield _matrix(name(TENSOR.OUTPUT), model.n_vocab, model.n_embd, type_, Role.HEAD)
+    yield norm(TENSOR.OUTPUT_NORM)
+    if model.rope_scaling is not None:
+        factors = rope_factors(model.rope_scaling, model.head_dim, model.rope_theta)
+        yield PlannedTensor(name(TENSOR.ROPE_FREQS), factors.shape, Types.F32, Role.CONSTANT, factors)
+    for layer in range(model.n_layer):
+        yield norm(TENSOR.ATTN_NORM, layer)
+        yield norm(TENSOR.FFN_NORM, layer)
+        if model.qkv_bias:
+            outputs = model.groups[0].members.values()
+            for tensor, m in zip((TENSOR.ATTN_Q, TENSOR.ATTN_K, TENSOR.ATTN_V), outputs, strict=True):
+                yield PlannedTensor(name(tensor, layer, "bias"), (m,), Types.F32, Role.VECTOR)
+        for group in model.groups:
+            if ratio < 1:
+                yield from _factors(group, layer, type_, ratio, rng)
+            else:
+                for member, m in group.members.items():
+                    yield _matrix(fmt.weight_name(layer, member), m, group.n, type_)
+
+
+def _matrix(name: str, rows: int, columns: int, type_: GGMLQuantizationType,
+            role: Role = Role.LINEAR) -> PlannedTensor:
+    return PlannedTensor(name, (rows, columns), fmt.factor_type(type_, columns), role)
+
+
+def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, ratio: float,
+             rng: np.random.Generator) -> Iterator[PlannedTensor]:
+    from gguf import GGMLQuantizationType as Types
+
+    owner = fmt.owner_of(group.members)
+    grid = fmt.rank_grid(type_)
+    rank = uniform_rank(group.m, group.n, ratio, skip=True, grid=grid)
+    if rank == 0:
+        raise UserError(
+            f"blk.{layer}.{owner}: no rank of {type_.name} (a multiple of {grid}) keeps a ratio of {ratio:g} "
+            "or less; choose a larger --ratio or a type with smaller blocks."
+        )
+    skip = np.zeros(group.n, bool)
+    skip[rng.choice(group.n, rank, replace=False)] = True
+    words = fmt.pack_skip_mask(skip)
+    yield PlannedTensor(fmt.skip_mask_name(layer, owner), words.shape, Types.I32, Role.CONSTANT, words)
+    yield _matrix(fmt.lr_a_name(layer, owner), rank, group.n - rank, type_)
+    for member, m in group.members.items():
+        yield _matrix(fmt.lr_b_name(layer, member), m, rank, type_)
+
+
+def rope_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """Divisors of the rotary frequencies: float32 [head_dim / 2].
+
+    Wavelengths well inside the original context stay, those longer than it are divided by
+    `factor`, and between the two the frequencies are interpolated.
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling.original_context_length / wavelength
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (1 / (keep + (1 - keep) / scaling.factor)).astype(np.float32)

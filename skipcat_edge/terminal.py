@@ -1,0 +1,47 @@
+"""What commands print with: tables on stdout, progress with time left on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+
+def stdout_console() -> Console:
+    """A console on stdout that neither wraps nor shortens, in a pipe or in a narrow terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=1000)
+
+
+def new_table(*columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are aligned left and all others right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def new_progress() -> Progress:
+    """A progress display on stderr, silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )
+
+
+def decimal_bytes(size: float) -> str:
+    """`size` bytes as `1.9 MB`."""
+    from rich.filesize import decimal
+
+    return decimal(round(size))
