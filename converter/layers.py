@@ -110,7 +110,7 @@ def keeps_input_order(W: np.ndarray, weight: torch.Tensor) -> bool:
     if tuple(own.shape) != W.shape:
         return bool(own.shape[1] == W.shape[1])
     probe = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0))
-    file = torch.from_numpy(W)
+    file = torch.from_numpy(np.require(W, requirements="W"))
     expected, found = own.T @ (own @ probe), file.T @ (file @ probe)
     # quantised base files move this by a few percent, another order by about 100
     return bool((found - expected).norm() <= 0.2 * expected.norm())

@@ -49,24 +49,33 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 GROUP_OF: Mapping[str, str] = {member: group for group, members in GROUPS.items() for member in members}
 
 # Layers that llama.cpp's graphs of these architectures multiply without `build_lora_mm`, so
-# that no factors can stand in for them. tests/test_pinned_source.py derives the same table
-# from the pinned source.
+# that no factors can stand in for them, and those whose dense weight a loader looks at first.
+# tests/test_pinned_source.py derives the same table from the pinned source.
 UNSERVED: Mapping[str, frozenset[str]] = {
     "bailingmoe3": frozenset({"attn_q", "attn_k", "attn_v", "attn_output"}),
     "deepseek2": frozenset({"attn_q"}),
-    "glm5-next": frozenset({"attn_output"}),
-    "granite-switch": frozenset({"attn_qkv"}),
-    "kimi-k3": frozenset({"attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}),
-    "kimi-linear": frozenset({"attn_qkv", "attn_q", "attn_output"}),
+    "glm5-next": frozenset({"attn_q", "attn_k", "attn_v", "attn_output"}),
+    "graniteswitch": frozenset({"attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}),
+    "jina-bert-v2": frozenset({"ffn_up"}),
+    "kimi-k3": frozenset({"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}),
+    "kimi-linear": frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"}),
+    "mistral4": frozenset({"attn_q"}),
     "plm": frozenset({"attn_q"}),
 }
 
 _TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(lr_a|lr_b|skip_mask)(\..*)?$")
+_WEIGHT = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
 
 
 def weight_name(layer: int, member: str) -> str:
     """Name of a dense weight, for example `blk.3.attn_q.weight`."""
     return f"blk.{layer}.{member}.weight"
+
+
+def parse_weight_name(name: str) -> tuple[int, str] | None:
+    """Layer and member of a dense weight of some group, or None for any other tensor's name."""
+    match = _WEIGHT.fullmatch(name)
+    return (int(match[1]), match[2]) if match and match[2] in GROUP_OF else None
 
 
 def lr_a_name(layer: int, owner: str) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skipcat_edge.errors import UserError
-from skipcat_edge.session import decode_error, import_llama_cpp, model_info, open_generative
+from skipcat_edge.session import (
+    BATCH,
+    decode_error,
+    import_llama_cpp,
+    model_info,
+    open_generative,
+    open_model,
+)
 
 # Below this many bytes of prompt, a token for each byte wastes less memory than counting costs time.
 _COUNT_FROM_BYTES = 2048
@@ -63,8 +70,7 @@ def _most_tokens(path: Path, prompt: str) -> int:
     size = len(prompt.encode("utf-8", errors="replace"))
     if size < _COUNT_FROM_BYTES:
         return size + 2  # a token is a byte at least; BOS and a leading space come on top
-    vocabulary = import_llama_cpp().Llama(str(path), vocab_only=True, verbose=False)
-    return len(encode(vocabulary, prompt))
+    return len(encode(open_model(path, context=BATCH, vocabulary_only=True), prompt))
 
 
 def encode(llama: Any, text: str) -> list[int]:

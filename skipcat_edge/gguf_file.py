@@ -38,11 +38,14 @@ def open_gguf(path: Path) -> GGUFReader:
     """
     require_gguf(path)
     try:
-        return _reader_class()(path)
+        reader = _reader_class()(path)
+        for field in reader.fields.values():
+            field.contents()  # strings that are not UTF-8 fail here rather than later
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise UserError(
             f"{path} is cut short or damaged ({_first_line(error)}); copy or convert it again."
         ) from None
+    return reader
 
 
 def _first_line(error: Exception) -> str:

@@ -114,21 +114,11 @@ def _keys(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _dense_layers(reader: GGUFReader) -> tuple[DenseLayer, ...]:
-    from gguf import Keys
-
-    architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE) or "")
-    key = Keys.LLM.BLOCK_COUNT.format(arch=architecture.removeprefix(fmt.ARCHITECTURE_PREFIX))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    found = (
-        (layer, member, tensors[name])
-        for layer in range(int(fmt.field_value(reader, key) or 0))
-        for member in fmt.GROUP_OF
-        if (name := fmt.weight_name(layer, member)) in tensors
-    )
+    found = ((fmt.parse_weight_name(tensor.name), tensor) for tensor in reader.tensors)
     return tuple(
-        DenseLayer(layer, member, int(w.shape[1]), int(w.shape[0]), w.tensor_type.name, int(w.n_bytes))
-        for layer, member, w in found
-        if len(w.shape) == 2
+        DenseLayer(*place, int(w.shape[1]), int(w.shape[0]), w.tensor_type.name, int(w.n_bytes))
+        for place, w in found
+        if place is not None and len(w.shape) == 2
     )
 
 

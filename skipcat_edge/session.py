@@ -23,6 +23,8 @@ _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; llama_cpp does not name them
 _FUNCTION = re.compile(r"^(\w+: )+")
 _UNINFORMATIVE = re.compile(r"(failed to load model|^failed to initialize the context$)")
 
+_CALLBACKS: list[Any] = []  # llama.cpp keeps no reference of its own
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -49,9 +51,10 @@ def model_info(path: Path) -> ModelInfo:
         return field_value(reader, key.format(arch=architecture))
 
     pooled = bool(value(Keys.LLM.POOLING_TYPE))
+    context_length = value(Keys.LLM.CONTEXT_LENGTH)
     return ModelInfo(
         architecture=architecture,
-        context_length=int(value(Keys.LLM.CONTEXT_LENGTH) or 0),
+        context_length=context_length if isinstance(context_length, int) else 0,
         embedding=pooled or value(Keys.Attention.CAUSAL) is False,
         pooled=pooled,
     )
@@ -82,7 +85,8 @@ def import_llama_cpp() -> Any:
 
 
 def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BATCH,
-               threads: int | None = None, embedding: bool = False, pooled: bool = True) -> Any:
+               threads: int | None = None, embedding: bool = False, pooled: bool = True,
+               vocabulary_only: bool = False) -> Any:
     """Load `path` as a llama_cpp.Llama.
 
     Args:
@@ -90,6 +94,7 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
         batch: most tokens of one llama_decode; `ubatch` of them are computed at a time.
         embedding: return pooled embeddings, all tokens of a batch computed at once.
         pooled: the file names its pooling; otherwise the mean is used.
+        vocabulary_only: no weights; good for tokenising and nothing else.
 
     Raises:
         UserError: the file is missing, not GGUF, or refused by llama.cpp (with its reason and
@@ -104,7 +109,8 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
         llama = llama_cpp.Llama(
             str(path), n_ctx=-(-context // _CONTEXT_STEP) * _CONTEXT_STEP, n_batch=batch,
             n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
-            embedding=embedding, verbose=False, flash_attn=True,  # llama.cpp's own default, not llama_cpp's
+            embedding=embedding, vocab_only=vocabulary_only, verbose=False,
+            flash_attn=True,  # llama.cpp's own default, not llama_cpp's
             pooling_type=(llama_cpp.LLAMA_POOLING_TYPE_MEAN if embedding and not pooled
                           else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED),
         )
@@ -183,6 +189,3 @@ def _keep_log() -> deque[str]:
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     _CALLBACKS.append(log)
     return errors
-
-
-_CALLBACKS: list[Any] = []  # llama.cpp keeps no reference of its own

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.gguf_file import open_gguf
 from skipcat_edge.model_table import ModelDimensions
+from skipcat_edge.output import atomic_output
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderField
@@ -35,12 +35,6 @@ _POOL_ELEMENTS = 1 << 20
 _CHUNK_BYTES = 1 << 24
 
 
-def check_output(out: Path, force: bool) -> None:
-    """Raise UserError if `out` exists and may not be replaced."""
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already; choose another name, or pass --force to replace it.")
-
-
 def write(plan: Plan, out: Path, tree: Path, *, force: bool = False,
           advance: Callable[[int], None] = lambda nbytes: None) -> None:
     """Write the model with the vocabulary found in `tree`, the unpacked llama-cpp-python source.
@@ -48,17 +42,8 @@ def write(plan: Plan, out: Path, tree: Path, *, force: bool = False,
     `advance` is told how many bytes of weights were written. Raises UserError if `out` exists and
     `force` is not given, or on a missing vocabulary or a failed write; then `out` is left as it was.
     """
-    check_output(out, force)
-    tokenizer = _read_tokenizer(tree, plan.model)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        _write_file(plan, partial, tokenizer, advance)
-        partial.replace(out)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error}); "
-                        "choose a folder that exists, is writable and has room.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_output(out, force) as partial:
+        _write_file(plan, partial, _read_tokenizer(tree, plan.model), advance)
 
 
 def _read_tokenizer(tree: Path, model: ModelDimensions) -> Mapping[str, tuple[Any, Any, Any]]:

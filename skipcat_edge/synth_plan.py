@@ -18,9 +18,6 @@ from skipcat_edge.ranks import uniform_rank
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-# Integers, types that ggml only computes with, and types that need an importance matrix.
-_NOT_FOR_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "IQ1_S", "IQ2_XXS", "IQ2_XS"}
-
 
 class Role(Enum):
     """What a tensor is for."""
@@ -114,18 +111,6 @@ def model_dimensions(name: str) -> ModelDimensions:
     if name not in MODELS:
         raise UserError(f"{name!r} is not a known model; choose one of {', '.join(MODELS)}.")
     return MODELS[name]
-
-
-def weight_type(name: str) -> GGMLQuantizationType:
-    """The ggml type called `name`, in any case. Raises UserError if weights cannot have it."""
-    from gguf import GGMLQuantizationType
-
-    usable = {type_.name: type_ for type_ in GGMLQuantizationType if type_.name not in _NOT_FOR_WEIGHTS}
-    if name.upper() not in usable:
-        raise UserError(
-            f"{name!r} is not a type that random weights can have; choose one of {', '.join(usable)}."
-        )
-    return usable[name.upper()]
 
 
 def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed: int) -> Plan:

@@ -25,8 +25,9 @@ from typing import Any
 
 import click
 
-from skipcat_edge.synth_plan import Plan, model_dimensions, plan, weight_type
+from skipcat_edge.synth_plan import Plan, model_dimensions, plan
 from skipcat_edge.terminal import new_table, stdout_console
+from skipcat_edge.weight_types import weight_type
 
 DECODE_TARGET = 0.93
 PROMPT_TARGET = 0.95

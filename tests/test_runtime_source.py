@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -230,6 +232,18 @@ def test_the_download_checks_the_hash_and_builds_nothing_else(
     (command,) = seen
     assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
     assert command[command.index("--no-binary") + 1] == "fake-cpp-python"
+
+
+def test_a_full_disk_is_one_sentence(
+    cache: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(source.shutil, "copyfile", full)
+    result = CliRunner().invoke(main, ["runtime", "source", "--source", str(archive)])
+    assert result.exit_code == 2 and "No space left on device" in result.stderr
+    assert not list(cache.iterdir())
 
 
 def test_source_command_prints_the_tree(cache: Path, archive: Path) -> None:

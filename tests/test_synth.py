@@ -16,7 +16,8 @@ from skipcat_edge.cli import main
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import MODELS, ModelDimensions, RopeScaling
 from skipcat_edge.synth import write
-from skipcat_edge.synth_plan import plan, rope_factors, weight_type
+from skipcat_edge.synth_plan import plan, rope_factors
+from skipcat_edge.weight_types import weight_type
 
 TINY = ModelDimensions(
     name="tiny", architecture="qwen2", vocabulary="tiny", n_vocab=300, n_embd=96, n_layer=2, n_head=4,

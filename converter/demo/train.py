@@ -22,7 +22,7 @@ import sentencepiece as spm
 import torch
 from torch.nn.functional import dropout
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
@@ -179,13 +179,19 @@ def train(stories: list[str], out: Path, steps: int, device: str, seed: int, arg
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
-    """Write weights (BF16), config and tokenizer settings to `out`."""
+    """Write weights (BF16), config and tokenizer to `out`, which holds tokenizer.model already."""
     # The head is the embedding: stored once.
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     model.save_pretrained(out, state_dict=state)
+    (out / "model.safetensors").chmod(0o644)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "bfloat16"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_tokenizer(out)
+
+
+def save_tokenizer(out: Path) -> None:
+    """Write the settings and the fast form of `out`/tokenizer.model."""
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -197,7 +203,11 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
         "model_max_length": 512,
         "chat_template": CHAT_TEMPLATE,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    path = out / "tokenizer_config.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    fast = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    (out / "tokenizer.json").write_text(fast.backend_tokenizer.to_str(pretty=False))
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @click.command()

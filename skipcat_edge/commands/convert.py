@@ -56,11 +56,12 @@ def command(
 ) -> None:
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
     from skipcat_edge.output import check_output
-    from skipcat_edge.synth_plan import weight_type
+    from skipcat_edge.weight_types import weight_type
 
     if not 0 < ratio <= 1:
         raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
-    linear, head = weight_type(quant), weight_type(head_quant) if head_quant else None
+    linear = weight_type(quant, have_importance=ratio < 1 and method != "svd")
+    head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
     try:
         from skipcat_converter.factorize import METHODS as KNOWN

@@ -60,7 +60,7 @@ def check(ctx: click.Context) -> None:
     for name, value in rows.items():
         click.echo(f"{name:<{width}}  {value}")
     if status.problem:
-        click.echo(f"{status.problem[0].upper()}{status.problem[1:]}; run `{BUILD_COMMAND}`.", err=True)
+        click.echo(f"Not ready: {status.problem}; run `{BUILD_COMMAND}`.", err=True)
         ctx.exit(1)
 
 

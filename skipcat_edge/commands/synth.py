@@ -29,10 +29,12 @@ def command(name: str, output: Path, ratio: float, quant: str, seed: int, source
 
     It tells how fast a model would be on this device, dense or low-rank, without downloading it.
     """
+    from skipcat_edge.output import check_output
     from skipcat_edge.runtime.source import stock_tree
-    from skipcat_edge.synth import check_output, write
-    from skipcat_edge.synth_plan import model_dimensions, plan, weight_type
+    from skipcat_edge.synth import write
+    from skipcat_edge.synth_plan import model_dimensions, plan
     from skipcat_edge.terminal import decimal_bytes, new_progress
+    from skipcat_edge.weight_types import weight_type
 
     planned = plan(model_dimensions(name), weight_type(quant), ratio, seed)
     check_output(output, force)

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ import psutil
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.pin import patches_dir, read_pin
 from skipcat_edge.runtime.progress import run_logged
-from skipcat_edge.runtime.source import log_path, patched_tree
+from skipcat_edge.runtime.source import log_path, patched_tree, writing_to
 
 # The largest translation units of llama.cpp take about this much memory to compile.
 _BYTES_PER_JOB = 600 * 2**20
@@ -114,11 +113,10 @@ def build_wheel(out: Path, source: Path | None = None) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--verbose", "--disable-pip-version-check"]
     if find_spec("scikit_build_core") is not None and find_tool("cmake") and find_tool("ninja"):
         command.append("--no-build-isolation")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as temp:
-        run_logged([*command, "--wheel-dir", temp, str(tree)], title="Building the runtime",
+    with writing_to(out) as temp:
+        run_logged([*command, "--wheel-dir", str(temp), str(tree)], title="Building the runtime",
                    log=log_path("wheel"), env=env)
-        (wheel,) = Path(temp).glob("*.whl")
+        (wheel,) = temp.glob("*.whl")
         target = out / wheel.name
         wheel.replace(target)
     return target

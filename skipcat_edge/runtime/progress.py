@@ -15,11 +15,13 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from skipcat_edge.errors import UserError
 
@@ -79,6 +81,13 @@ def run_logged(
         raise UserError(f"{title}: failed with exit code {code}; {advice}the whole log is {log}.")
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """Nothing until there is an estimate."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.time_remaining is None else super().render(task) + Text(" left")
+
+
 class _Display:
     """A bar on a terminal; elsewhere one line per tenth, so that logs stay short."""
 
@@ -90,7 +99,7 @@ class _Display:
         # averaged over minutes.
         self.bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+            TimeElapsedColumn(), _TimeLeft(),
             console=console, speed_estimate_period=300, disable=not console.is_terminal,
         )
         self.task = self.bar.add_task(title, total=None)

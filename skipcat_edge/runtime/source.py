@@ -94,10 +94,10 @@ def fetch_archive(pin: Pin, source: Path | None = None) -> Path:
     if source is not None:
         check_sha256(source, pin)
         if not cached.is_file():
-            with _temporary_beside(cached) as temp:
+            with writing_to(cached.parent) as temp:
                 shutil.copyfile(source, temp / cached.name).replace(cached)
     elif not cached.is_file():
-        with _temporary_beside(cached) as temp:
+        with writing_to(cached.parent) as temp:
             _download(pin, temp).replace(cached)
     check_sha256(cached, pin)
     return cached
@@ -158,7 +158,7 @@ def copy_tree(source: Path, tree: Path, patches: PatchSet) -> None:
         built = _BUILT.get(Path(directory).relative_to(source).as_posix(), set())
         return set(names) & (built | {_HISTORY, "__pycache__"})
 
-    with _temporary_beside(tree) as temp, Progress(console=console, disable=not console.is_terminal) as bar:
+    with writing_to(tree.parent) as temp, Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("Copying the source", total=sum(len(files) for _, _, files in os.walk(source)))
 
         def copy(old: str, new: str) -> str:
@@ -178,7 +178,7 @@ def _tree(pin: Pin, kind: str) -> Path:
 
 def _unpack_to(archive: Path, pin: Pin, tree: Path, patches: PatchSet | None = None) -> None:
     """Unpack, patch, and only then move to `tree`, in place of what is there."""
-    with _temporary_beside(tree) as temp:
+    with writing_to(tree.parent) as temp:
         fresh = unpack(archive, temp, pin.source_dir_name)
         if patches is not None:
             apply(fresh, patches)
@@ -192,10 +192,20 @@ def _unpack_to(archive: Path, pin: Pin, tree: Path, patches: PatchSet | None = N
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incoming-") as temp:
-        yield Path(temp)
+def writing_to(directory: Path) -> Iterator[Path]:
+    """A temporary directory in `directory`, which is made if needed.
+
+    Raises UserError for a full disk and whatever else keeps files from being written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".incoming-") as temp:
+            yield Path(temp)
+    except OSError as error:
+        raise UserError(
+            f"{directory} could not be written ({error.strerror or error}); choose a folder that is writable "
+            "and has room (the cache: SKIPCAT_EDGE_CACHE)."
+        ) from None
 
 
 def _download(pin: Pin, directory: Path) -> Path:

@@ -49,6 +49,15 @@ static bool is_factor(const std::string & name) {
            name.find(".skip_mask") != std::string::npos;
 }
 
+// N of "skipcat.N", 0 for anything else; strtol alone would take spaces, signs and words
+static long parse_runtime(const std::string & s) {
+    if (!starts_with(s, SKIPCAT_RUNTIME_PREFIX)) {
+        return 0;
+    }
+    const std::string digits = s.substr(strlen(SKIPCAT_RUNTIME_PREFIX));
+    return digits.find_first_not_of("0123456789") == std::string::npos ? strtol(digits.c_str(), nullptr, 10) : 0;
+}
+
 static void check_versions(const gguf_context * meta) {
     const int64_t version_id = gguf_find_key(meta, "skipcat.format_version");
     if (version_id < 0 || gguf_get_kv_type(meta, version_id) != GGUF_TYPE_UINT32) {
@@ -65,11 +74,12 @@ static void check_versions(const gguf_context * meta) {
         throw std::runtime_error("key 'skipcat.runtime_min' is missing or not a string");
     }
     const std::string runtime = gguf_get_val_str(meta, runtime_id);
-    if (!starts_with(runtime, SKIPCAT_RUNTIME_PREFIX)) {
+    const long revision = parse_runtime(runtime);
+    if (revision < 1) {
         throw std::runtime_error("key 'skipcat.runtime_min' is not of the form 'skipcat.N'");
     }
-    if (strtol(runtime.c_str() + strlen(SKIPCAT_RUNTIME_PREFIX), nullptr, 10) > SKIPCAT_RUNTIME_REVISION) {
-        throw std::runtime_error(format("the file needs runtime %s or newer, this is %s", runtime.c_str(), skipcat_runtime_version()));
+    if (revision > SKIPCAT_RUNTIME_REVISION) {
+        throw std::runtime_error(format("skipcat.runtime_min is %s, but this runtime is %s", runtime.c_str(), skipcat_runtime_version()));
     }
 }
 
@@ -85,7 +95,8 @@ std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml) {
         if (!is_factor(name)) {
             continue;
         }
-        if (!ends_with(name, ".lr_a.weight") && !ends_with(name, ".lr_b.weight") && !ends_with(name, ".skip_mask")) {
+        const bool known = ends_with(name, ".lr_a.weight") || ends_with(name, ".lr_b.weight") || ends_with(name, ".skip_mask");
+        if (!known || !starts_with(name, "blk.")) {
             throw std::runtime_error(format("tensor '%s' is not a tensor of skipcat.format_version %d", name.c_str(), SKIPCAT_FORMAT_VERSION));
         }
         n_factors++;
@@ -188,7 +199,7 @@ static const skipcat_owner * create_owner(
     const bool has_mask = ml.get_weight(mask_tn.str().c_str()) != nullptr;
 
     // without Skip a rank above n would be no factorisation, with Skip there must be a rest
-    if (rank > n || (has_mask && rank == n)) {
+    if (rank < 1 || rank > n || (has_mask && rank == n)) {
         throw std::runtime_error(format("tensor '%s' has rank %lld, but the layer has %lld inputs", b_name.c_str(), (long long) rank, (long long) n));
     }
 

@@ -1,0 +1,30 @@
+"""ggml types that a user may name for weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skipcat_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+# Integers, and types that ggml only computes with.
+_NOT_FOR_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
+# ggml refuses to quantise to these without the second moments of a layer's input.
+_NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
+
+
+def weight_type(name: str, *, have_importance: bool = False) -> GGMLQuantizationType:
+    """The ggml type called `name`, in any case.
+
+    `have_importance`: calibration statistics will be at hand. Raises UserError if weights cannot
+    have the type.
+    """
+    from gguf import GGMLQuantizationType
+
+    refused = _NOT_FOR_WEIGHTS if have_importance else _NOT_FOR_WEIGHTS | _NEED_IMPORTANCE
+    usable = {type_.name: type_ for type_ in GGMLQuantizationType if type_.name not in refused}
+    if name.upper() not in usable:
+        raise UserError(f"{name!r} is not a type that weights can have; choose one of {', '.join(usable)}.")
+    return usable[name.upper()]

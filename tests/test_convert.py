@@ -1,0 +1,193 @@
+"""The convert command: what it writes, and what a person reads on bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conversion import DEMO, convert_model, tensors
+from gguf import GGMLQuantizationType, GGUFReader
+
+from skipcat_edge import format as fmt
+from skipcat_edge.cli import main
+from skipcat_edge.errors import UserError
+
+torch = pytest.importorskip("torch", reason="the converter needs torch")
+
+pytestmark = pytest.mark.runtime
+
+TEXT = DEMO / "calibration.txt"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["convert", *(str(argument) for argument in arguments)])
+
+
+def assert_refused(result: Result, out: Path, *words: str) -> None:
+    """Exit code 2, one sentence with `words`, no traceback, and nothing left behind."""
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    for word in words:
+        assert word in result.output
+    assert "Traceback" not in result.output
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_same_inputs_give_the_same_bytes(
+    demo_low_rank_gguf: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.gguf"
+    arguments = ["--base", demo_dense_gguf, "--quant", "F16", "--calibration", TEXT]
+    result = run(DEMO / "model", "-o", again, *arguments)
+    assert result.exit_code == 0, result.output
+    assert again.read_bytes() == demo_low_rank_gguf.read_bytes()
+
+
+def test_provenance_is_in_the_file(demo_low_rank_gguf: Path, demo_dense_gguf: Path) -> None:
+    reader, dense = GGUFReader(demo_low_rank_gguf), GGUFReader(demo_dense_gguf)
+    assert fmt.field_value(reader, fmt.KEY_ARCHITECTURE) == "skipcat-llama"
+    assert fmt.field_value(reader, fmt.KEY_FORMAT_VERSION) == 1
+    assert fmt.field_value(reader, fmt.KEY_RATIO) == pytest.approx(0.8)
+    assert fmt.field_value(reader, fmt.KEY_METHOD) == "skipcat"
+    assert fmt.field_value(reader, fmt.KEY_SOURCE_NAME) == "model"
+    assert len(fmt.field_value(reader, fmt.KEY_CALIBRATION_SHA256)) == 64
+    for key, field in dense.fields.items():
+        if key not in (fmt.KEY_ARCHITECTURE, "general.file_type") and not key.startswith("GGUF."):
+            assert fmt.field_value(reader, key) == field.contents(), key
+
+
+def test_what_is_not_factored_is_the_base_files(demo_low_rank_gguf: Path, demo_dense_gguf: Path) -> None:
+    low_rank, dense = tensors(demo_low_rank_gguf), tensors(demo_dense_gguf)
+    factored = {name for name in dense if name not in low_rank}
+    assert len(factored) == 6 * 7
+    for name in dense.keys() - factored:
+        np.testing.assert_array_equal(low_rank[name], dense[name])
+
+
+@pytest.mark.parametrize(
+    ("quant", "method", "ratio"),
+    [("Q8_0", "skipcat", 0.9), ("Q4_0", "skipcat", 0.9), ("IQ4_NL", "skip", 0.9), ("BF16", "cat", 0.9),
+     ("F32", "skip", 0.5), ("Q5_1", "svd-llm", 0.7)],
+)  # fmt: skip
+def test_types(quant: str, method: str, ratio: float, demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    convert_model(DEMO / "model", out, base=demo_dense_gguf, quant=quant, ratio=ratio, method=method,
+                  head_quant="Q8_0", calibration=TEXT, calib_tokens=3000)
+    wanted = GGMLQuantizationType[quant]
+    grid = fmt.rank_grid(wanted)
+    owners = fmt.read_owners(GGUFReader(out))
+    for owner in owners:
+        assert owner.rank % grid == 0
+        columns = owner.n - owner.rank if owner.skip else owner.n
+        assert owner.type == fmt.factor_type(wanted, columns)
+        assert {member.type for member in owner.members} == {wanted}
+    types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(out).tensors}
+    assert types["token_embd.weight"] == GGMLQuantizationType.Q8_0
+    # layers whose ranks do not fit the grid stay dense, in the same type
+    factored = {(owner.layer, member.name) for owner in owners for member in owner.members}
+    for layer in range(6):
+        for name in fmt.GROUP_OF:
+            dense = types.get(fmt.weight_name(layer, name))
+            assert (dense is None) == ((layer, name) in factored or name == "attn_qkv")
+            assert dense in (None, wanted)
+
+
+def test_ratio_one_is_an_ordinary_file(demo_dense_gguf: Path) -> None:
+    reader = GGUFReader(demo_dense_gguf)
+    assert fmt.field_value(reader, fmt.KEY_ARCHITECTURE) == "llama"
+    assert not any(key.startswith("skipcat.") for key in reader.fields)
+    assert fmt.read_owners(reader) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["calibration text", "--calibration"]),
+        (["--calibration", "missing.txt"], ["missing.txt", "cannot be read"]),
+        (["--calibration", TEXT, "--ratio", "0"], ["ratio is 0"]),
+        (["--calibration", TEXT, "--ratio", "1.5"], ["ratio is 1.5"]),
+        (["--calibration", TEXT, "--quant", "Q9_9"], ["Q9_9"]),
+        (["--calibration", TEXT, "--calib-tokens", "99999999"], ["99,999,999", "--calib-tokens"]),
+        (["--calibration", TEXT, "--ratio", "0.001"], ["ratio 0.001", "--ratio"]),
+        (["--calibration", TEXT, "--quant", "Q4_K", "--ratio", "0.3"], ["grid of 256"]),
+    ],
+    ids=lambda value: " ".join(str(v) for v in value)[:40],
+)
+def test_refused(arguments: list[object], words: list[str], demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    assert_refused(run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, *arguments), out, *words)
+
+
+def test_empty_calibration_text(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "empty.txt", tmp_path / "out.gguf"
+    text.write_text(" \n")
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", text)
+    assert_refused(result, out, "empty.txt is empty")
+
+
+def test_sources_that_are_no_model(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    assert_refused(run(demo_dense_gguf, "-o", out, "--calibration", TEXT), out, "already GGUF", "directory")
+    assert_refused(run(tmp_path, "-o", out, "--calibration", TEXT), out, "no config.json")
+    assert_refused(run(tmp_path / "nowhere", "-o", out, "--calibration", TEXT), out, "no such directory")
+
+
+def test_existing_output_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"precious")
+    result = run(DEMO / "model", "-o", out, "--calibration", TEXT)
+    assert result.exit_code == 2
+    assert "--force" in result.output
+    assert out.read_bytes() == b"precious"
+
+
+def broken_model(folder: Path, tensor: str) -> Path:
+    """The demo model with a NaN in `tensor`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO / "model", folder)
+    state = load_file(folder / "model.safetensors")
+    state[tensor][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("ratio", ["0.8", "1"])
+def test_not_finite_weights_name_the_layer(ratio: str, tmp_path: Path) -> None:
+    source = broken_model(tmp_path / "model", "model.layers.3.mlp.down_proj.weight")
+    out = tmp_path / "out.gguf"
+    result = run(source, "-o", out, "--calibration", TEXT, "--ratio", ratio)
+    assert_refused(result, out, "blk.3.ffn_down.weight")
+
+
+def test_full_disk(demo_dense_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gguf import GGUFWriter
+
+    written = []
+
+    def write(self: GGUFWriter, tensor: np.ndarray, *_: object) -> None:
+        written.append(tensor)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", write)
+    out = tmp_path / "out.gguf"
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT)
+    assert_refused(result, out, "No space left on device", "room")
+
+
+def test_low_rank_base_is_refused(demo_low_rank_gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="low-rank already"):
+        convert_model(DEMO / "model", tmp_path / "out.gguf", base=demo_low_rank_gguf, calibration=TEXT)
+
+
+def test_inspect_reads_what_convert_wrote(demo_low_rank_gguf: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(demo_low_rank_gguf), "--json"])
+    assert result.exit_code == 0, result.output
+    assert "skipcat-llama" in json.dumps(json.loads(result.output))

@@ -1,0 +1,137 @@
+"""H from the block-by-block pass against a plain sum over whole forward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conversion import DEMO
+from gguf import GGUFReader
+
+torch = pytest.importorskip("torch", reason="the converter needs torch")
+
+from skipcat_converter import statistics as stats  # noqa: E402
+from skipcat_converter.calibration import load_calibration, split_sentences  # noqa: E402
+from skipcat_converter.layers import keeps_input_order, map_layers  # noqa: E402
+from skipcat_converter.source_model import load_source  # noqa: E402
+
+from skipcat_edge.errors import UserError  # noqa: E402
+
+TEXT = DEMO / "calibration.txt"
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    return load_source(DEMO / "model", "cpu")
+
+
+@pytest.fixture(scope="module")
+def layers(source: Any, demo_dense_gguf: Path) -> Any:
+    return map_layers(GGUFReader(demo_dense_gguf), source.module)
+
+
+def test_every_layer_is_mapped(layers: Any) -> None:
+    assert not layers.dense
+    names = {layer.tensor for group in layers.groups for layer in group}
+    members = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert names == {f"blk.{i}.{member}.weight" for i in range(6) for member in members}
+
+
+def test_equals_plain_sums(source: Any, layers: Any) -> None:
+    calibration = load_calibration(TEXT, source, 1500, 100)
+    sums: dict[str, np.ndarray] = {}
+    handles = []
+    for layer in (layer for group in layers.groups for layer in group):
+
+        def hook(_: Any, args: Any, name: str = layer.tensor) -> None:
+            x = args[0][keep].double().numpy()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        handles.append(source.module.get_submodule(layer.module).register_forward_pre_hook(hook))
+    total = 0
+    with torch.no_grad():
+        for batch in calibration.batches:
+            keep = batch.mask.bool()
+            total += int(keep.sum())
+            source.module(input_ids=batch.ids, attention_mask=batch.mask)
+    for handle in handles:
+        handle.remove()
+    seen = 0
+    for _, statistics in stats.block_statistics(source, layers, calibration):
+        for name, entry in statistics.items():
+            assert entry.tokens == total
+            np.testing.assert_allclose(entry.H.numpy(), sums[name] / total, rtol=1e-3, atol=1e-5)
+            seen += 1
+        assert len({id(entry) for entry in statistics.values()}) == 4
+    assert seen == len(sums)
+
+
+def test_a_model_that_is_no_chain_gives_the_same(
+    source: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = load_calibration(TEXT, source, 600, 64)
+    chained = dict(stats.block_statistics(source, layers, calibration))
+    monkeypatch.setattr(stats, "_chain_form", lambda *_: None)
+    whole = dict(stats.block_statistics(source, layers, calibration))
+    assert chained.keys() == whole.keys()
+    for block, statistics in chained.items():
+        for name, entry in statistics.items():
+            torch.testing.assert_close(entry.H, whole[block][name].H, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_are_split_where_inputs_differ(source: Any, layers: Any) -> None:
+    calibration = load_calibration(TEXT, source, 300, 64)
+    assert stats.split_by_input(source, layers, calibration).groups == layers.groups
+    value = source.module.model.layers[2].self_attn.v_proj
+    handle = value.register_forward_pre_hook(lambda _, args: (args[0] * 2,), prepend=True)
+    try:
+        split = stats.split_by_input(source, layers, calibration).groups
+    finally:
+        handle.remove()
+    assert len(split) == len(layers.groups) + 1
+    assert [layer.member for group in split for layer in group if len(group) == 1 and layer.index == 2] == [
+        "attn_v", "attn_output", "ffn_down"]  # fmt: skip
+
+
+def test_not_finite_activations_name_the_layer(source: Any, layers: Any) -> None:
+    calibration = load_calibration(TEXT, source, 300, 64)
+    weight = source.module.model.layers[1].mlp.up_proj.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    try:
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj \(blk\.1\.ffn_down\.weight\)"):
+            list(stats.block_statistics(source, layers, calibration))
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = kept
+
+
+def test_windows_start_with_bos_and_use_the_first_tokens(source: Any) -> None:
+    calibration = load_calibration(TEXT, source, 500, 64)
+    expected = source.tokenizer(TEXT.read_text(), add_special_tokens=False)["input_ids"][:500]
+    found = [
+        token
+        for batch in calibration.batches
+        for ids, mask in zip(batch.ids, batch.mask, strict=True)
+        for token in ids[mask.bool()][1:].tolist()
+    ]
+    assert found == expected
+    assert all(bool((batch.ids[:, 0] == 1).all()) for batch in calibration.batches)
+
+
+def test_sentences() -> None:
+    text = " = Title = \n\nOne two three . Four five six seven! Eight?\nnine ten eleven"
+    expected = ["= Title =", "One two three .", "Four five six seven!", "nine ten eleven"]
+    assert split_sentences(text) == expected
+
+
+def test_input_order_check() -> None:
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((48, 32)).astype(np.float32)
+    module = torch.from_numpy(W)
+    assert keeps_input_order(W[rng.permutation(48)], module)
+    assert keeps_input_order(W, module.T)
+    assert not keeps_input_order(W[:, rng.permutation(32)], module)
