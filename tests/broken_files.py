@@ -97,7 +97,7 @@ def _flip(file: GGUF, mask: str, n: int, wanted: bool) -> None:
 # --- shapes, values and absence, one tensor at a time ---
 
 
-def _change(name: str, tensor: str, change: Callable[[Tensor], Tensor | None], names: str | None = None) -> None:
+def _change(name: str, tensor: str, change: Callable[[Tensor], Tensor | None], names: str = "") -> None:
     """Register the replacement of one tensor, or its removal; the refusal must name it, or `names`."""
 
     def edit(file: GGUF) -> None:

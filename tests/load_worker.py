@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from typing import Any
 
@@ -47,6 +48,7 @@ def load_cli(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # a failed assertion would start a debugger
     load = {"native": load_native, "cli": load_cli}[sys.argv[1]]
     for path in sys.argv[2:]:
         print(json.dumps({"start": path}), flush=True)

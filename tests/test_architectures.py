@@ -125,8 +125,9 @@ def test_k_quants_where_the_rank_allows(tmp_path: Path) -> None:
     with torch.no_grad():
         put_factors_into(model, low_rank, dense)
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    # llama.cpp rounds activations to 8 bits before a K-quant product
-    assert relative_error(llama_logits(low_rank, tokens), expected) < 5e-2
+    # llama.cpp rounds activations to 8 bits before a K-quant product, three times a layer here
+    assert relative_error(llama_logits(low_rank, tokens), expected) < 0.1
+    assert relative_error(llama_logits(dense, tokens), expected) > 0.5
 
 
 def test_methods_share_projections_and_skip_as_named(tmp_path: Path, demo_dense_gguf: Path) -> None:

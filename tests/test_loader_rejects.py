@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from broken_files import BROKEN, sound_file
+from gguf_edit import GGUF
 
 pytestmark = pytest.mark.runtime
 
@@ -66,6 +67,11 @@ def load_all(way: str, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
             assert len(started) == len(waiting)
         waiting = waiting[len(started):]
     return found
+
+
+def test_rewriting_a_file_unchanged_changes_no_byte(demo_low_rank_gguf: Path, tmp_path: Path) -> None:
+    copy = GGUF.read(demo_low_rank_gguf).write(tmp_path / "copy.gguf")
+    assert copy.read_bytes() == demo_low_rank_gguf.read_bytes()
 
 
 def test_the_sound_file_loads(results: Results) -> None:

@@ -20,7 +20,7 @@ _BATCH = 32
 @click.option("--stories", default=96, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(model: Path, out: Path, stories: int, seed: int) -> None:
-    """Sample stories from MODEL at temperature 1 and write them with a blank line between two."""
+    """Sample stories from MODEL at temperature 0.8 and write them with a blank line between two."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
@@ -28,7 +28,7 @@ def main(model: Path, out: Path, stories: int, seed: int) -> None:
     while len(told) < stories:
         start = torch.full((min(_BATCH, stories - len(told)), 1), tokenizer.bos_token_id)
         ids = llama.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
+            start, attention_mask=torch.ones_like(start), do_sample=True, temperature=0.8, top_k=0,
             max_new_tokens=400, pad_token_id=tokenizer.eos_token_id,
         )
         told += [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]

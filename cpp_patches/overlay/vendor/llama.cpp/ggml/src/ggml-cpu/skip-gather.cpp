@@ -153,7 +153,10 @@ void ggml_compute_forward_skip_gather(const ggml_compute_params * params, ggml_t
     const int64_t n_rest = n - rank;
     const int64_t n_rows = ne1*ne2*ne3;
 
-    float * rest_data = (float *) dst->data;      // [n_rest, n_rows]
+    // the graph may come from elsewhere (RPC)
+    GGML_ASSERT(rank > 0 && rank < n && ggml_nelements(dst) == n*n_rows && ggml_nelements(mask) == (n + 31)/32);
+
+    float * rest_data = (float *) dst->data;       // [n_rest, n_rows]
     float * skip_data = rest_data + n_rest*n_rows; // [rank,   n_rows]
 
     const int64_t per_thread = (n_rows + params->nth - 1)/params->nth;

@@ -1,0 +1,92 @@
+"""The kernels of SKIP_GATHER under AddressSanitizer and UndefinedBehaviorSanitizer, NEON by emulation."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from skipcat_edge.runtime.pin import patches_dir
+from skipcat_edge.runtime.source import stock_tree
+
+DRIVER = Path(__file__).resolve().parent / "cpp" / "skip_gather_sanitize.cpp"
+KERNELS = Path("vendor", "llama.cpp", "ggml", "src", "ggml-cpu")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CPU_LACKS_IT = 77
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    compile: tuple[str, ...]
+    """Compiler and flags."""
+    run: tuple[str, ...] = ()
+    """What runs its programs, where this machine does not."""
+
+    def build_and_run(self, source: Path, program: Path) -> subprocess.CompletedProcess[str]:
+        subprocess.run([*self.compile, str(source), "-o", str(program)], check=True, capture_output=True)
+        # Leaks cannot be looked for under emulation or a debugger, and are not the point.
+        env = {"ASAN_OPTIONS": "detect_leaks=0", "PATH": ""}
+        return subprocess.run([*self.run, str(program)], env=env, capture_output=True, text=True)
+
+    def works(self, directory: Path) -> bool:
+        """Whether it can build and run an empty program: sanitizers are a package of their own."""
+        source = directory / "empty.cpp"
+        source.write_text("int main() { return 0; }\n")
+        try:
+            return self.build_and_run(source, directory / "empty").returncode == 0
+        except (OSError, subprocess.CalledProcessError):
+            return False
+
+
+def check_kernels(toolchain: Toolchain, directory: Path, path: str) -> None:
+    """Run the driver; it names the code path that it was compiled to, and how many cases it ran."""
+    ggml = stock_tree() / "vendor" / "llama.cpp" / "ggml"
+    include = [patches_dir() / "overlay" / KERNELS, ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu"]
+    flags = ("-std=c++17", "-O1", "-g", *(f"-I{folder}" for folder in include))
+    complete = Toolchain((*toolchain.compile, *flags), toolchain.run)
+    try:
+        result = complete.build_and_run(DRIVER, directory / "driver")
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stderr.decode("utf-8", "replace"))
+    if result.returncode == CPU_LACKS_IT:
+        pytest.skip(f"this CPU has no {path}")
+    assert result.returncode == 0, result.stderr[:4000]
+    name, cases, _ = result.stdout.split()
+    assert name == f"{path}:" and int(cases) > 50_000
+
+
+@pytest.mark.parametrize(("path", "flags", "here"), [
+    pytest.param("generic", (), not ARM, id="generic"),
+    pytest.param("avx2", ("-mavx2",), X86, id="avx2"),
+    pytest.param("neon", (), ARM, id="neon"),
+])  # fmt: skip
+def test_natively(path: str, flags: tuple[str, ...], here: bool, tmp_path: Path) -> None:
+    if not here:
+        pytest.skip(f"{platform.machine()} does not compile to {path}")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("neither g++ nor clang++ is installed")
+    toolchain = Toolchain((compiler, *SANITIZE, *flags))
+    if not toolchain.works(tmp_path):
+        pytest.skip(f"{compiler} has no sanitizers")
+    check_kernels(toolchain, tmp_path, path)
+
+
+@pytest.mark.slow
+def test_neon_by_emulation(tmp_path: Path) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("aarch64-linux-gnu-g++ and qemu-aarch64 are not both installed")
+    libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, check=True).stdout
+    root = Path(libc.decode().strip()).resolve().parent.parent
+    toolchain = Toolchain((compiler, *SANITIZE, "-static-libasan"), (emulator, "-L", str(root)))
+    if not toolchain.works(tmp_path):
+        toolchain = Toolchain((compiler, "-static"), (emulator,))
+    check_kernels(toolchain, tmp_path, "neon")
