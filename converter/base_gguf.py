@@ -18,16 +18,18 @@ from skipcat_edge.errors import UserError
 _PROGRESS = re.compile(r"Writing:\s+(\d+)%")
 
 
-def write_base(source: Path, out: Path, out_type: str, tree: Path,
+def write_base(source: Path, out: Path, out_type: str, tree: Path, name: str | None = None,
                advance: Callable[[int], None] = lambda percent: None) -> None:
     """Run the pinned convert_hf_to_gguf.py of `tree` on `source`; `out_type`: f32, f16 or bf16.
+
+    `name`: what the file calls the model (None: llama.cpp's converter decides).
 
     `advance` gets the percentage written. Raises UserError with the converter's own last line
     if it fails.
     """
     llama = tree / "vendor" / "llama.cpp"
     command = [sys.executable, str(llama / "convert_hf_to_gguf.py"), str(source), "--outfile", str(out),
-               "--outtype", out_type]
+               "--outtype", out_type, *(["--model-name", name] if name else [])]
     # The archive's gguf-py, and nothing from the network.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(llama / "gguf-py"), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

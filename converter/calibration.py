@@ -60,6 +60,8 @@ def load_calibration(
     wanted = DEFAULT_TOKENS if tokens is None else tokens
     make = _sentence_batches if model.is_encoder else _window_batches
     batches, found = make(text, model, wanted, length)
+    if not batches:
+        raise UserError(f"Calibration text {path} has no sentence of three words; give running text.")
     if tokens is not None and found < tokens:
         raise UserError(
             f"Calibration text {path} has {found:,} tokens, but --calib-tokens asks for {tokens:,}; "

@@ -88,42 +88,39 @@ def cholesky(H: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
         damping *= 10
 
 
-def truncated_svd(W: torch.Tensor, L: torch.Tensor | None, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best rank-`rank` factors of W: [m, n] under |(W - B A) L|_F, as (B: [m, r], A: [r, n]).
+def truncated_svd(
+    W: torch.Tensor, L: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Best rank-`rank` factors of W: [m, n] under |(W - B A) L|_F: (B: [m, r], A: [r, n], error).
 
-    Only the smaller Gram matrix of M = W L is decomposed. With M's left singular vectors U,
-    B = U and A = U^T W need no inverse of L; with its right ones V, B = M V and A = V^T L^-1.
+    The error is |(W - B A) L|^2 / |W L|^2. Only the smaller Gram matrix of M = W L is decomposed.
+    With M's left singular vectors U, B = U and A = U^T W need no inverse of L; with its right ones
+    V, B = M V and A = V^T L^-1.
     """
     m, n = W.shape
     M = W if L is None else W @ L
+    G = M @ M.T if m <= n else M.T @ M
+    vectors, kept = _leading_eigenvectors(G, rank)
+    total = float(G.trace())
+    error = max(0.0, 1 - kept / total) if total > 0 else 0.0
     if m <= n:
-        U = _leading_eigenvectors(M @ M.T, rank)
-        return U, U.T @ W
-    V = _leading_eigenvectors(M.T @ M, rank)
-    if L is None:
-        return M @ V, V.T
-    return M @ V, torch.linalg.solve_triangular(L.T, V, upper=True).T
+        return vectors, vectors.T @ W, error
+    A = vectors.T if L is None else torch.linalg.solve_triangular(L.T, vectors, upper=True).T
+    return M @ vectors, A, error
 
 
-def _leading_eigenvectors(G: torch.Tensor, rank: int) -> torch.Tensor:
+def _leading_eigenvectors(G: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
+    """Eigenvectors of the `rank` largest eigenvalues: [n, rank], and the sum of these values."""
+    values, vectors = torch.linalg.eigh(G)
     # eigh's values ascend
-    leading: torch.Tensor = torch.linalg.eigh(G).eigenvectors[:, -rank:].flip(1)
-    return leading
+    return vectors[:, -rank:].flip(1), float(values[-rank:].sum())
 
 
 def factorize(W: torch.Tensor, H: torch.Tensor | None, rank: int, skip: bool) -> Factors:
     """Factors of W: [m, n] at `rank`, whitened by H: [n, n] (None: plain SVD), in float64."""
     W = W.double()
-    L = None if H is None else cholesky(H)
-    B, A = truncated_svd(W, L, rank)
-    error = _relative_error(W, B @ A, L)
+    B, A, error = truncated_svd(W, None if H is None else cholesky(H), rank)
     if not skip:
         return Factors(A, B, None, error)
     chosen = choose_skip_set(A)
     return Factors(chosen.T, B @ A[:, chosen.skip], chosen.skip, error)
-
-
-def _relative_error(W: torch.Tensor, W_low: torch.Tensor, L: torch.Tensor | None) -> float:
-    whitened = (W, W - W_low) if L is None else (W @ L, (W - W_low) @ L)
-    total = float(whitened[0].square().sum())
-    return float(whitened[1].square().sum()) / total if total > 0 else 0.0

@@ -6,17 +6,20 @@ modules of the Hugging Face model to tensors.
 
 from __future__ import annotations
 
-import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+from gguf import GGUFReader
 
 from skipcat_edge import format as fmt
-
-_MEMBER = re.compile(r"blk\.(\d+)\.(\w+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,22 @@ class LayerMap:
     """Tensor name -> why it stays dense."""
 
 
-def map_layers(reader: GGUFReader, module: torch.nn.Module) -> LayerMap:
-    """Pair the block matrices of a base GGUF with the modules of its Hugging Face model."""
+def map_layers(reader: GGUFReader, module: torch.nn.Module, tree: Path) -> LayerMap:
+    """Pair the block matrices of a base GGUF with the modules of its Hugging Face model.
+
+    `tree`: the pinned source, whose tensor names are used.
+    """
     architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
     n_blocks = int(fmt.field_value(reader, f"{architecture}.block_count"))
-    modules = _module_of_tensor(architecture, n_blocks, module)
+    modules = _module_of_tensor(architecture, n_blocks, module, tree)
     unserved = fmt.UNSERVED.get(architecture, frozenset())
     groups: dict[tuple[int, str], list[Layer]] = defaultdict(list)
     dense: dict[str, str] = {}
     for tensor in reader.tensors:
-        match = _MEMBER.match(tensor.name)
-        if match is None or len(tensor.shape) < 2:
+        index, rest = fmt.split_block(tensor.name) or (-1, "")
+        member = rest.removesuffix(".weight")
+        if member == rest or len(tensor.shape) < 2:
             continue
-        index, member = int(match[1]), match[2]
         if len(tensor.shape) > 2:
             dense[tensor.name] = "a matrix per expert"
         elif member not in fmt.GROUP_OF:
@@ -76,12 +82,30 @@ def map_layers(reader: GGUFReader, module: torch.nn.Module) -> LayerMap:
     return LayerMap(architecture, [tuple(layers) for _, layers in sorted(groups.items())], dense)
 
 
-def _module_of_tensor(architecture: str, n_blocks: int, module: torch.nn.Module) -> dict[str, str]:
-    arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+@cache
+def _tensor_names(tree: Path) -> tuple[Any, Any]:
+    """The archive's own (gguf.constants, gguf.tensor_mapping).
+
+    They know architectures that the released gguf does not yet. The package itself is not
+    imported, as some of its modules import the released one.
+    """
+    package = ModuleType("skipcat_pinned_gguf")
+    package.__path__ = [str(tree / "vendor" / "llama.cpp" / "gguf-py" / "gguf")]
+    sys.modules[package.__name__] = package
+    constants, mapping = (
+        import_module(f"{package.__name__}.{name}") for name in ("constants", "tensor_mapping")
+    )
+    return constants, mapping
+
+
+def _module_of_tensor(
+    architecture: str, n_blocks: int, module: torch.nn.Module, tree: Path
+) -> dict[str, str]:
+    constants, mapping = _tensor_names(tree)
+    arch = next((key for key, name in constants.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         return {}
-    assert isinstance(arch, MODEL_ARCH)
-    names = get_tensor_name_map(arch, n_blocks)
+    names = mapping.get_tensor_name_map(arch, n_blocks)
     found: dict[str, str] = {}
     for name, child in module.named_modules():
         weight = getattr(child, "weight", None)

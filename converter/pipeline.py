@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -42,8 +42,10 @@ class ConvertOptions:
     method: Method
     ratio: float
     types: OutputTypes
-    tree: Path | None
-    """The pinned source with llama.cpp's converter; not needed with `base`."""
+    tree: Path
+    """The pinned source, with llama.cpp's converter and tensor names."""
+    source_name: str | None = None
+    """Of a model from the hub; a directory's own name otherwise."""
     base: Path | None = None
     calibration: Path | None = None
     calib_tokens: int | None = None
@@ -68,7 +70,6 @@ class OwnerReport:
 class ConvertResult:
     """What was written."""
 
-    base_bytes: int
     output_bytes: int = 0
     owners: list[OwnerReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
@@ -86,23 +87,38 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         atomic_output(options.output, options.force) as partial,
         tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,
     ):
-        base_path = options.base or _make_base(options, Path(scratch), phase)
-        reader = GGUFReader(base_path)
-        if fmt.is_low_rank(reader):
-            raise UserError(f"{base_path} is low-rank already; give a dense base file.")
-        result = ConvertResult(base_bytes=base_path.stat().st_size)
-        if options.ratio == 1.0:
+        result = ConvertResult()
+        # Before the base file, which takes longer and cannot fail on a user's mistake.
+        inputs = None if options.ratio == 1.0 else _load_inputs(options, phase)
+        reader = GGUFReader(options.base or _make_base(options, Path(scratch), phase))
+        _check_base(reader, options.base)
+        if inputs is None:
             _write_dense(options, reader, partial, phase)
         else:
-            _write_low_rank(options, reader, partial, phase, result)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            _write_low_rank(options, reader, partial, phase, *inputs, result)
         result.output_bytes = partial.stat().st_size
     return result
 
 
+def _load_inputs(options: ConvertOptions, phase: Phase) -> tuple[SourceModel, CalibrationSet | None]:
+    with phase("Loading the model", 1) as advance:
+        model = load_source(options.source, options.device)
+        advance(1)
+    if not options.method.whiten:
+        return model, None
+    if options.calibration is None:
+        raise UserError(f"Method {options.method.name} needs a calibration text; pass --calibration FILE.")
+    return model, load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
+
+
+def _check_base(reader: GGUFReader, path: Path | None) -> None:
+    if fmt.is_low_rank(reader):
+        raise UserError(f"{path} is low-rank already; give a dense base file.")
+    if int(fmt.field_value(reader, "split.count") or 1) > 1:
+        raise UserError(f"{path} is one part of a split file; merge the parts with llama-gguf-split first.")
+
+
 def _make_base(options: ConvertOptions, scratch: Path, phase: Phase) -> Path:
-    assert options.tree is not None
     out = scratch / "base.gguf"
     exact = {GGMLQuantizationType.F32: "f32", GGMLQuantizationType.BF16: "bf16"}
     out_type = exact.get(options.types.linear, "f16")
@@ -114,7 +130,7 @@ def _make_base(options: ConvertOptions, scratch: Path, phase: Phase) -> Path:
             advance(percent - done)
             done = percent
 
-        write_base(options.source, out, out_type, options.tree, to)
+        write_base(options.source, out, out_type, options.tree, options.source_name, to)
         to(100)
     return out
 
@@ -129,27 +145,27 @@ def _write_dense(options: ConvertOptions, reader: GGUFReader, partial: Path, pha
 
 
 def _write_low_rank(
-    options: ConvertOptions, reader: GGUFReader, partial: Path, phase: Phase, result: ConvertResult
+    options: ConvertOptions,
+    reader: GGUFReader,
+    partial: Path,
+    phase: Phase,
+    model: SourceModel,
+    calibration: CalibrationSet | None,
+    result: ConvertResult,
 ) -> None:
-    if options.method.whiten and options.calibration is None:
-        raise UserError(f"Method {options.method.name} needs a calibration text; pass --calibration FILE.")
-    with phase("Loading the model", 1) as advance:
-        model = load_source(options.source, options.device)
-        advance(1)
-    layers = _checked_layers(reader, map_layers(reader, model.module), model)
-    calibration: CalibrationSet | None = None
-    if options.method.whiten:
-        assert options.calibration is not None
-        calibration = load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
+    layers = _checked_layers(reader, map_layers(reader, model.module, options.tree), model)
+    if calibration is not None:
         result.calibration_tokens = calibration.tokens
-        if options.method.share:
-            layers = split_by_input(model, layers, calibration)
+        layers = split_by_input(model, layers, calibration)
     plan = plan_uniform(layers.groups, options.method, options.ratio, options.types.linear)
     result.dense = {**layers.dense, **plan.dense}
     if not plan.owners:
-        reason = next(iter(result.dense.values()), "it has no linear layers that the runtime factors")
-        raise UserError(f"No layer of {model.name} can be low-rank at ratio {options.ratio:g}: {reason}; "
-                        "raise --ratio, or choose a --quant with a smaller block.")
+        reasons = Counter(result.dense.values()).most_common(1)
+        reason = reasons[0][0] if reasons else "it has no linear layers that the runtime factors"
+        hint = "; raise --ratio, or choose a --quant with a smaller block" if plan.dense else ""
+        raise UserError(
+            f"No layer of {model.name} can be low-rank at ratio {options.ratio:g}: {reason}{hint}."
+        )
     layout = make_layout(reader, plan.owners, options.types)
     metadata = _metadata(options, layers, model, calibration)
     with phase("Factoring", len(plan.owners)) as advance:
@@ -235,7 +251,7 @@ def _metadata(
         fmt.KEY_RUNTIME_MIN: (fmt.RUNTIME_MIN, GGUFValueType.STRING),
         fmt.KEY_RATIO: (options.ratio, GGUFValueType.FLOAT32),
         fmt.KEY_METHOD: (options.method.name, GGUFValueType.STRING),
-        fmt.KEY_SOURCE_NAME: (model.name, GGUFValueType.STRING),
+        fmt.KEY_SOURCE_NAME: (options.source_name or model.name, GGUFValueType.STRING),
         fmt.KEY_CALIBRATION_SHA256: (calibration.sha256 if calibration else "", GGUFValueType.STRING),
         fmt.KEY_CALIBRATION_TOKENS: (calibration.tokens if calibration else 0, GGUFValueType.UINT32),
         fmt.KEY_SEED: (options.seed, GGUFValueType.UINT32),

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from skipcat_edge.format import factor_type
-from skipcat_edge.runtime.library import quantize
+from skipcat_edge.runtime.library import quantize, requires_importance
 
 from .factorize import Factors
 
@@ -42,10 +42,13 @@ def quantize_matrix(
 def quantize_factors(
     factors: Factors, H: torch.Tensor | None, outputs: tuple[int, ...], type_: GGMLQuantizationType
 ) -> QuantizedFactors:
-    """Quantise the factors of stacked members with `outputs` rows each; H: [n, n] of their input."""
+    """Quantise T: [r, n - r] and B: [m, r], whose rows are stacked members of `outputs` rows each.
+
+    H: [n, n] of their input, for types that need importances.
+    """
     n = factors.T.shape[1] + (0 if factors.skip is None else factors.rank)
     T_importance = z_importance = None
-    if H is not None:
+    if H is not None and requires_importance(type_):
         A = factors.projection(n)
         z_importance = ((A @ H) * A).sum(1)
         T_importance = H.diagonal()

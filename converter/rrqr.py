@@ -29,11 +29,12 @@ class SkipSet:
 
 
 def choose_skip_set(A: torch.Tensor, bound: float = DEFAULT_BOUND) -> SkipSet:
-    """Strong rank-revealing QR of A: [r, n], r < n, of full row rank, in float64.
+    """Strong rank-revealing QR of A: [r, n], r < n, in float64.
 
     Column-pivoted QR gives the first S; then the largest |T_ij| is swapped into S until none
-    exceeds `bound`. A swap multiplies |det A_S| by |T_ij| > bound > 1, so this ends.
-    Raises ValueError where A is not of full row rank.
+    exceeds `bound`. A swap multiplies |det A_S| by |T_ij| > bound > 1, so this ends. Where A has
+    dependent rows, directions of no consequence complete its row space. Raises ValueError where
+    A is not finite.
     """
     r, n = A.shape
     if not 0 < r < n:
@@ -41,14 +42,14 @@ def choose_skip_set(A: torch.Tensor, bound: float = DEFAULT_BOUND) -> SkipSet:
     if bound <= 1:
         raise ValueError(f"expected a bound above 1, got {bound}")
     # T does not change with the basis of the row space; an orthonormal one is safest to pivot in.
+    if not bool(torch.isfinite(A).all()):
+        raise ValueError("the projection holds numbers that are not finite")
     Q = torch.linalg.qr(A.T.double(), mode="reduced").Q.T
     order = _pivots(Q)
     T = torch.linalg.solve(Q[:, order[:r]], Q[:, order[r:]])
-    if not bool(torch.isfinite(T).all()):
-        raise ValueError(f"the projection's rank is below {r}")
     while True:
         row, column = divmod(int(T.abs().argmax()), n - r)
-        if abs(float(T[row, column])) <= bound:
+        if not abs(float(T[row, column])) > bound:
             break
         _exchange(T, row, column)
         order[[row, r + column]] = order[[r + column, row]]

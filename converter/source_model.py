@@ -68,6 +68,7 @@ def load_source(path: Path, device: str) -> SourceModel:
     Raises UserError if transformers cannot load it or `device` is not there.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -76,11 +77,14 @@ def load_source(path: Path, device: str) -> SourceModel:
         raise UserError("No CUDA device is available; use --device cpu.")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        is_encoder = not any("CausalLM" in name for name in config.architectures or [])
+        causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        is_encoder = not any(
+            name in causal or name.endswith("ForConditionalGeneration") for name in config.architectures or []
+        )
         loader = AutoModel if is_encoder else AutoModelForCausalLM
         module = loader.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers, safetensors and pickle each raise their own
         raise UserError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from None
     max_length = int(getattr(config, "max_position_embeddings", 0) or 2048)
     return SourceModel(path.resolve().name, path, module.eval().to(device), tokenizer, is_encoder, max_length)

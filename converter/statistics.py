@@ -54,17 +54,17 @@ def block_statistics(
         return
     with torch.inference_mode():
         states = [_record(model, blocks, batch, in_tuple) for batch in calibration.batches]
-        for index, block in enumerate(blocks):
-            wanted = by_block.get(index, [])
-            collector = _Collector(model.module, wanted)
-            with collector.hooked():
-                for batch, state in zip(calibration.batches, states, strict=True):
-                    collector.start(batch)
-                    args, kwargs = state.arguments[index]
-                    state.hidden = _first(block(state.hidden, *args, **kwargs))
-                    advance()
-            if wanted:
-                yield index, collector.finish()
+    for index, block in enumerate(blocks[: max(by_block) + 1]):
+        wanted = by_block.get(index, [])
+        collector = _Collector(model.module, wanted)
+        with torch.inference_mode(), collector.hooked():
+            for batch, state in zip(calibration.batches, states, strict=True):
+                collector.start(batch)
+                args, kwargs = state.arguments[index]
+                state.hidden = _first(block(state.hidden, *args, **kwargs))
+                advance()
+        if wanted:
+            yield index, collector.finish()
 
 
 def _all_at_once(
@@ -227,21 +227,22 @@ def _record(model: SourceModel, blocks: list[torch.nn.Module], batch: Batch, in_
         calls.append((hidden, args, kwargs))
         return (hidden,) if in_tuple else hidden
 
-    originals = [block.forward for block in blocks]
     try:
         for block in blocks:
             block.forward = stub
         _forward(model, batch)
     finally:
-        for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
+        for block in blocks:
+            del block.forward
     return _State(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 
 
 def _forward(model: SourceModel, batch: Batch) -> None:
     device = next(model.module.parameters()).device
-    model.module(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device),
-                 **({} if model.is_encoder else {"use_cache": False, "logits_to_keep": 1}))
+    # Without the head, whose logits nobody reads.
+    body = getattr(model.module, "base_model", model.module)
+    body(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device),
+         **({} if model.is_encoder else {"use_cache": False}))
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -250,7 +251,10 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def split_by_input(model: SourceModel, layers: LayerMap, calibration: CalibrationSet) -> LayerMap:
-    """`layers` with each group split where its members turn out to read different inputs."""
+    """`layers` with each group split where its members turn out to read different inputs.
+
+    Layers whose module is not run go to `dense`.
+    """
     inputs: dict[str, torch.Tensor] = {}
     handles = []
     for layer in (layer for group in layers.groups for layer in group):
@@ -267,9 +271,13 @@ def split_by_input(model: SourceModel, layers: LayerMap, calibration: Calibratio
         for handle in handles:
             handle.remove()
     groups: list[tuple[Layer, ...]] = []
+    dense = dict(layers.dense)
     for group in layers.groups:
         parts: dict[int, list[Layer]] = {}
         for layer in group:
-            parts.setdefault(inputs[layer.tensor].data_ptr(), []).append(layer)
+            if layer.tensor in inputs:
+                parts.setdefault(inputs[layer.tensor].data_ptr(), []).append(layer)
+            else:
+                dense[layer.tensor] = "the calibration text does not run its module"
         groups += [tuple(part) for part in parts.values()]
-    return LayerMap(layers.architecture, groups, layers.dense)
+    return LayerMap(layers.architecture, groups, dense)

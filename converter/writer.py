@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from skipcat_edge.errors import UserError
 from .plan import PlannedOwner
 from .quantized import QuantizedFactors, QuantizedMatrix, quantize_matrix
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight$")
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # Every quantised GGUF carries it; 2 is the only version there is.
 _QUANTIZATION_VERSION = 2
 
@@ -73,12 +72,12 @@ def output_type(tensor: ReaderTensor, types: OutputTypes) -> GGMLQuantizationTyp
     """The type a dense tensor gets in the file."""
     base = GGMLQuantizationType(tensor.tensor_type)
     wanted: GGMLQuantizationType | None = None
-    match = _BLOCK.match(tensor.name)
+    in_block = fmt.split_block(tensor.name)
     if tensor.name in _EMBEDDINGS:
         wanted = types.head
-    elif match is not None and len(tensor.shape) > 1 and (
+    elif in_block is not None and in_block[1].endswith(".weight") and len(tensor.shape) > 1 and (
         # llama.cpp's converter keeps what must not be quantised in F32
-        match[2] in fmt.GROUP_OF or base != GGMLQuantizationType.F32
+        fmt.parse_weight_name(tensor.name) or base != GGMLQuantizationType.F32
     ):
         wanted = types.linear
     return base if wanted is None else fmt.factor_type(wanted, int(tensor.shape[0]))
@@ -143,8 +142,8 @@ def make_layout(reader: GGUFReader, owners: list[PlannedOwner], types: OutputTyp
 
 def block_of(name: str) -> int:
     """Index of the block a tensor is in, -1 outside."""
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+    in_block = fmt.split_block(name)
+    return in_block[0] if in_block else -1
 
 
 def write_file(
@@ -162,6 +161,7 @@ def write_file(
     """
     writer = GGUFWriter(path, str(metadata[fmt.KEY_ARCHITECTURE][0]))
     try:
+        writer.data_alignment = reader.alignment
         _copy_metadata(writer, reader, metadata, layout)
         for slot in layout.slots():
             writer.add_tensor_info(slot.name, slot.byte_shape, np.dtype(np.uint8), slot.nbytes, slot.type)
@@ -185,7 +185,7 @@ def write_file(
 def _dense_data(tensor: ReaderTensor, slot: Slot) -> np.ndarray:
     data = np.ascontiguousarray(tensor.data)
     if slot.type == tensor.tensor_type:
-        if data.dtype.kind == "f":
+        if slot.type in _FLOATS:
             read_weight(tensor)
         return data.view(np.uint8)
     W = read_weight(tensor)

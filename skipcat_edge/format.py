@@ -72,6 +72,12 @@ def weight_name(layer: int, member: str) -> str:
     return f"blk.{layer}.{member}.weight"
 
 
+def split_block(name: str) -> tuple[int, str] | None:
+    """`blk.3.attn_q.weight` -> (3, `attn_q.weight`); None for a tensor outside the blocks."""
+    match = re.match(r"blk\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None
+
+
 def parse_weight_name(name: str) -> tuple[int, str] | None:
     """Layer and member of a dense weight of some group, or None for any other tensor's name."""
     match = _WEIGHT.fullmatch(name)

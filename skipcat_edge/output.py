@@ -30,9 +30,13 @@ def atomic_output(out: Path, force: bool) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         partial.replace(out)
     except OSError as error:
-        if error.filename not in (None, str(partial), partial):
+        # NumPy's tofile reports a full disk with neither a number nor a file name
+        where = partial if error.filename is None else Path(os.fsdecode(error.filename))
+        if out.absolute().parent not in where.absolute().parents:
             raise
         raise UserError(
             f"{out} could not be written ({error.strerror or error}); "

@@ -150,6 +150,12 @@ def _load_error(path: Path, context: int, raised: str, errors: deque[str], llama
             f"{path} has the architecture {unknown[1]}, which the installed llama_cpp "
             f"{llama_cpp.__version__} does not know; run `{BUILD_COMMAND}`."
         )
+    if "skipcat.format_version is" in reason or ("skipcat.runtime_min" in reason and "newer" in reason):
+        return UserError(
+            f"{path} cannot be loaded: {reason}; update skipcat-edge, then run `{BUILD_COMMAND}`."
+        )
+    if "low-rank" in reason:
+        return UserError(f"{path} cannot be run: {reason}; convert it again with this version.")
     if "llama_context" in raised:
         return UserError(
             f"{path}: a context of {context} tokens cannot be created: {reason}; use a smaller one."

@@ -36,7 +36,7 @@ def convert_model(
     return convert(
         ConvertOptions(
             source=source, output=out, method=METHODS[method], ratio=ratio,
-            types=OutputTypes(weight_type(quant), head), tree=None if options.get("base") else stock_tree(),
+            types=OutputTypes(weight_type(quant), head), tree=stock_tree(),
             **options,
         ),
         quiet,

@@ -12,6 +12,7 @@ from conversion import DEMO, convert_model, multiplied_out, tensors
 from gguf import GGMLQuantizationType, GGUFReader
 
 from skipcat_edge.format import read_owners
+from skipcat_edge.runtime.source import stock_tree
 
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 transformers = pytest.importorskip("transformers", reason="the converter needs transformers")
@@ -61,7 +62,7 @@ def row_permutation(file: np.ndarray, module: np.ndarray) -> np.ndarray:
 
 def put_factors_into(model: Any, low_rank: Path, dense: Path) -> None:
     """Replace the module's weights by the file's factors multiplied out."""
-    original, layers = tensors(dense), map_layers(GGUFReader(dense), model)
+    original, layers = tensors(dense), map_layers(GGUFReader(dense), model, stock_tree())
     weights = multiplied_out(low_rank)
     assert weights
     modules = {layer.tensor: layer.module for group in layers.groups for layer in group}

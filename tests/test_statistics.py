@@ -18,6 +18,7 @@ from skipcat_converter.layers import keeps_input_order, map_layers  # noqa: E402
 from skipcat_converter.source_model import load_source  # noqa: E402
 
 from skipcat_edge.errors import UserError  # noqa: E402
+from skipcat_edge.runtime.source import stock_tree  # noqa: E402
 
 TEXT = DEMO / "calibration.txt"
 
@@ -29,7 +30,7 @@ def source() -> Any:
 
 @pytest.fixture(scope="module")
 def layers(source: Any, demo_dense_gguf: Path) -> Any:
-    return map_layers(GGUFReader(demo_dense_gguf), source.module)
+    return map_layers(GGUFReader(demo_dense_gguf), source.module, stock_tree())
 
 
 def test_every_layer_is_mapped(layers: Any) -> None:

@@ -272,5 +272,5 @@ def test_failed_write_leaves_nothing(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device"):
         write(plan(TINY, weight_type("q8_0"), 1.0, seed=0), out, tree, advance=full)
     assert not list(out.parent.iterdir())
-    with pytest.raises(UserError, match="No such file or directory"):
+    with pytest.raises(UserError, match="does not exist; create it first"):
         write(plan(TINY, weight_type("q8_0"), 1.0, seed=0), tmp_path / "missing" / "model.gguf", tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,32 +64,41 @@ def command(
     linear = weight_type(quant, have_importance=ratio < 1 and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
-    try:
-        from skipcat_converter.factorize import METHODS as KNOWN
-        from skipcat_converter.pipeline import ConvertOptions, convert
-        from skipcat_converter.source_model import resolve_source
-        from skipcat_converter.writer import OutputTypes
-    except ImportError as error:
-        raise UserError(
-            f"Converting needs {error.name}; install it with `pip install 'skipcat-edge[convert]'`."
-        ) from None
+    _require_extra()
+    from skipcat_converter.factorize import METHODS as KNOWN
+    from skipcat_converter.pipeline import ConvertOptions, convert
+    from skipcat_converter.source_model import resolve_source
+    from skipcat_converter.writer import OutputTypes
+
     if ratio < 1 and KNOWN[method].whiten and calibration is None:
         raise UserError(f"Method {method} needs a calibration text; pass --calibration FILE.")
-    from skipcat_edge.gguf_file import require_gguf
+    from skipcat_edge.gguf_file import open_gguf
+    from skipcat_edge.runtime.library import load_library
     from skipcat_edge.runtime.source import stock_tree
 
+    load_library("ggml-base")
     directory = resolve_source(source)
     if base is not None:
-        require_gguf(base)
+        open_gguf(base)
     options = ConvertOptions(
         source=directory, output=output, method=KNOWN[method], ratio=ratio,
-        types=OutputTypes(linear, head), tree=None if base else stock_tree(runtime_source), base=base,
+        types=OutputTypes(linear, head), tree=stock_tree(runtime_source), base=base,
+        source_name=None if Path(source).is_dir() else source,
         calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
         force=force,
     )
     with _phases() as phase:
         result = convert(options, phase)
     _report(output, ratio, result)
+
+
+def _require_extra() -> None:
+    """Raise UserError, before any work, if a package of the extra `convert` is missing."""
+    for package in ("torch", "transformers", "safetensors", "scipy", "sentencepiece", "huggingface_hub"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"Converting needs {package}; install it with `pip install 'skipcat-edge[convert]'`."
+            )
 
 
 @contextmanager
@@ -116,10 +126,33 @@ def _report(output: Path, ratio: float, result: ConvertResult) -> None:
         worst = max(result.owners, key=lambda report: report.error)
         click.echo(f"{len(result.owners)} projections keep {kept / dense:.3f} of their parameters "
                    f"(asked: {ratio:g}), calibrated on {result.calibration_tokens:,} tokens")
-        click.echo(f"largest relative error: {worst.error:.4f}, block {worst.owner.block} {worst.owner.name}")
+        click.echo(f"largest relative error of a projection: {worst.error:.4f} "
+                   f"(block {worst.owner.block} {worst.owner.name}); "
+                   f"largest |T|: {max(report.largest_t for report in result.owners):.2f}")
     by_reason: dict[str, list[str]] = {}
     for tensor, reason in result.dense.items():
         by_reason.setdefault(reason, []).append(tensor)
     for reason, tensors in by_reason.items():
-        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-        click.echo(f"stays dense: {tensors[0]}{more}: {reason}")
+        click.echo(f"stays dense: {', '.join(_compact(tensors))} ({reason})")
+
+
+def _compact(tensors: list[str]) -> list[str]:
+    """`blk.0.ffn_up.weight`, `blk.1.ffn_up.weight` -> `blk.0-1.ffn_up`."""
+    from skipcat_edge.format import split_block
+
+    blocks: dict[str, list[int]] = {}
+    for tensor in tensors:
+        block, rest = split_block(tensor) or (-1, tensor)
+        blocks.setdefault(rest.removesuffix(".weight"), []).append(block)
+    return [f"blk.{_ranges(sorted(found))}.{member}" for member, found in blocks.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2,5`; `numbers` ascend."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

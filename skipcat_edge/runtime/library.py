@@ -49,6 +49,11 @@ def _ggml_base() -> ctypes.CDLL:
     return library
 
 
+def requires_importance(type_: GGMLQuantizationType) -> bool:
+    """Whether ggml quantises to `type_` only with importances."""
+    return bool(_ggml_base().ggml_quantize_requires_imatrix(int(type_)))
+
+
 def quantize(
     data: np.ndarray, type_: GGMLQuantizationType, importance: np.ndarray | None = None
 ) -> np.ndarray:
@@ -66,7 +71,7 @@ def quantize(
     library = _ggml_base()
     values = np.ascontiguousarray(data, dtype=np.float32)
     weights = None
-    if library.ggml_quantize_requires_imatrix(int(type_)):
+    if requires_importance(type_):
         if importance is None:
             raise UserError(f"{type_.name} needs calibration statistics for every layer it is used for; "
                             "choose another type, or pass --calibration.")

@@ -23,6 +23,10 @@ extern "C" void ggml_abort(const char * file, int line, const char * fmt, ...) {
     abort();
 }
 
+extern "C" int64_t ggml_nelements(const ggml_tensor * t) {
+    return t->ne[0]*t->ne[1]*t->ne[2]*t->ne[3];
+}
+
 struct Case {
     int64_t n;       // inputs
     int64_t rank;    // what the op is told
@@ -83,10 +87,14 @@ static void run(const Case & c, const std::vector<bool> & skip) {
 
     mask_tensor.type = GGML_TYPE_I32;
     mask_tensor.data = words.get();
+    std::fill_n(mask_tensor.ne, GGML_MAX_DIMS, 1);
+    mask_tensor.ne[0] = n_words;
 
     dst.src[0] = &x_tensor;
     dst.src[1] = &mask_tensor;
     dst.data   = dst_data.get();
+    std::fill_n(dst.ne, GGML_MAX_DIMS, 1);
+    dst.ne[0]  = c.n*c.n_rows;
     dst.op_params[0] = (int32_t) c.rank;
 
     for (int i = 0; i < c.n_threads; i++) {
