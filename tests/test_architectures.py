@@ -46,10 +46,15 @@ def random_model(name: str, directory: Path, **sizes: int) -> Any:
                 parameter.normal_(std=0.3)
             elif parameter.dim() == 2:
                 parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
+    save(model, directory)
+    return model
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write a Hugging Face directory with the demo tokenizer."""
     model.save_pretrained(directory)
     for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "model" / file, directory)
-    return model
 
 
 def row_permutation(file: np.ndarray, module: np.ndarray) -> np.ndarray:
@@ -110,6 +115,25 @@ def test_logits_equal_transformers(name: str, method: str, tmp_path: Path) -> No
     assert relative_error(llama_logits(low_rank, tokens), expected) < 1e-2
     # the factors change the model by far more than the tolerance
     assert relative_error(untouched, expected) > 0.1
+
+
+def test_experts_stay_dense_and_are_named(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=4, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    save(model, tmp_path / "hf")
+    dense, low_rank = tmp_path / "dense.gguf", tmp_path / "low.gguf"
+    convert_model(tmp_path / "hf", dense, ratio=1.0, quant="F32")
+    result = convert_model(tmp_path / "hf", low_rank, base=dense, ratio=0.7,
+                           calibration=DEMO / "calibration.txt", calib_tokens=1000, seq_len=64)
+    assert {reason for name, reason in result.dense.items() if "_exps" in name} == {"a matrix per expert"}
+    assert {report.owner.name for report in result.owners} == {"attn_in", "attn_output"}
+    tokens = [1, *np.random.default_rng(0).integers(3, 2048, 40).tolist()]
+    with torch.no_grad():
+        put_factors_into(model, low_rank, dense)
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    assert relative_error(llama_logits(low_rank, tokens), expected) < 1e-2
 
 
 def test_k_quants_where_the_rank_allows(tmp_path: Path) -> None:
