@@ -59,7 +59,7 @@ native-tools: setup
 	$(BIN)/skipcat-edge runtime native-tools
 
 bench-speed: setup
-	$(BIN)/python tests/bench_speed.py
+	$(BIN)/python tests/bench_speed.py --threads 2 --repetitions 7
 
 clean:
 	rm -rf build $(VENV)/.package $(VENV)/.runtime

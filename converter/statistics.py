@@ -207,6 +207,8 @@ def _chain_form(model: SourceModel, blocks: list[torch.nn.Module], batch: Batch)
             for block, (args, kwargs) in zip(blocks, state.arguments, strict=True):
                 state.hidden = _first(block(state.hidden, *args, **kwargs))
             same = torch.allclose(_first(outputs[0]), state.hidden, rtol=1e-4, atol=1e-5)
+    except torch.OutOfMemoryError:
+        raise UserError("The device has too little memory for this model; use --device cpu.") from None
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
         return None
     finally:

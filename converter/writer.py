@@ -21,6 +21,7 @@ from gguf import (
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
+from skipcat_edge.runtime.library import requires_importance
 
 from .plan import PlannedOwner
 from .quantized import QuantizedFactors, QuantizedMatrix, quantize_matrix
@@ -79,7 +80,8 @@ def output_type(tensor: ReaderTensor, types: OutputTypes) -> GGMLQuantizationTyp
         # llama.cpp's converter keeps what must not be quantised in F32
         fmt.parse_weight_name(tensor.name) or base != GGMLQuantizationType.F32
     ):
-        wanted = types.linear
+        # without importances for a layer that is not factored, it keeps its type
+        wanted = None if requires_importance(types.linear) else types.linear
     return base if wanted is None else fmt.factor_type(wanted, int(tensor.shape[0]))
 
 

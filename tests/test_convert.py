@@ -118,6 +118,7 @@ def test_ratio_one_is_an_ordinary_file(demo_dense_gguf: Path) -> None:
         (["--calibration", TEXT, "--quant", "Q9_9"], ["Q9_9"]),
         (["--calibration", TEXT, "--calib-tokens", "99999999"], ["99,999,999", "--calib-tokens"]),
         (["--calibration", TEXT, "--ratio", "0.001"], ["ratio 0.001", "--ratio"]),
+        (["--calibration", TEXT, "--seq-len", "4096"], ["--seq-len is 4096", "512"]),
         (["--calibration", TEXT, "--quant", "Q4_K", "--ratio", "0.3"], ["grid of 256"]),
     ],
     ids=lambda value: " ".join(str(v) for v in value)[:40],
