@@ -11,6 +11,7 @@ import torch
 
 from skipcat_edge.errors import UserError
 
+from .factorize import Method
 from .source_model import SourceModel
 
 DEFAULT_TOKENS = 65_536
@@ -38,6 +39,12 @@ class CalibrationSet:
     tokens: int
     sha256: str
     """Of the calibration file's bytes."""
+
+
+def require_calibration(method: Method, path: Path | None) -> None:
+    """Raise UserError if `method` reads a calibration text and there is none."""
+    if method.whiten and path is None:
+        raise UserError(f"Method {method.name} needs a calibration text; pass --calibration FILE.")
 
 
 def load_calibration(
@@ -75,12 +82,15 @@ def load_calibration(
 
 
 def _window_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[Batch], int]:
-    ids: list[int] = []
+    def tokenize(part: str) -> list[int]:
+        tokens: list[int] = model.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokens
+
     # A long text is tokenised in full only if its beginning has too few tokens.
-    for part in {text[: _CHARACTERS_PER_TOKEN * wanted]: None, text: None}:
-        ids = model.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > wanted:
-            break
+    head = text[: _CHARACTERS_PER_TOKEN * wanted]
+    ids = tokenize(head)
+    if len(ids) <= wanted and len(head) < len(text):
+        ids = tokenize(text)
     ids = ids[:wanted]
     bos = model.tokenizer.bos_token_id
     prefix = [] if bos is None else [bos]

@@ -19,7 +19,7 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.output import atomic_output
 
 from .base_gguf import write_base
-from .calibration import CalibrationSet, load_calibration
+from .calibration import CalibrationSet, load_calibration, require_calibration
 from .factorize import Factors, Method, factorize
 from .layers import LayerMap, keeps_input_order, map_layers
 from .plan import Plan, PlannedOwner, plan_uniform
@@ -88,7 +88,7 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,
     ):
         result = ConvertResult()
-        # Before the base file, which takes longer and cannot fail on a user's mistake.
+        # Before the base file, which takes longer: most of a user's mistakes show here.
         inputs = None if options.ratio == 1.0 else _load_inputs(options, phase)
         reader = GGUFReader(options.base or _make_base(options, Path(scratch), phase))
         _check_base(reader, options.base)
@@ -101,13 +101,12 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
 
 
 def _load_inputs(options: ConvertOptions, phase: Phase) -> tuple[SourceModel, CalibrationSet | None]:
+    require_calibration(options.method, options.calibration)
     with phase("Loading the model", 1) as advance:
         model = load_source(options.source, options.device)
         advance(1)
-    if not options.method.whiten:
+    if options.calibration is None or not options.method.whiten:
         return model, None
-    if options.calibration is None:
-        raise UserError(f"Method {options.method.name} needs a calibration text; pass --calibration FILE.")
     return model, load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class SourceModel:
     """A loaded model with its tokenizer."""
 
     name: str
-    path: Path
     module: torch.nn.Module
     tokenizer: Any
     is_encoder: bool
@@ -49,12 +48,8 @@ def resolve_source(source: str) -> Path:
         return Path(snapshot_download(source, ignore_patterns=unused))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{source} cannot be fetched from the hub ({_first_line(error)}); give a local directory."
+            f"{source} cannot be fetched from the hub ({first_line(error)}); give a local directory."
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_gguf(path: Path) -> bool:
@@ -85,6 +80,6 @@ def load_source(path: Path, device: str) -> SourceModel:
         module = loader.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers, safetensors and pickle each raise their own
-        raise UserError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from None
+        raise UserError(f"{path} cannot be loaded by transformers: {first_line(error)}") from None
     max_length = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    return SourceModel(path.resolve().name, path, module.eval().to(device), tokenizer, is_encoder, max_length)
+    return SourceModel(path.resolve().name, module.eval().to(device), tokenizer, is_encoder, max_length)

@@ -11,5 +11,10 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
+def first_line(error: Exception) -> str:
+    """What `error` says, as a part of a sentence: its first line, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class FormatError(UserError):
     """A GGUF file that does not follow the low-rank format; names the tensor or key."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -43,13 +43,9 @@ def open_gguf(path: Path) -> GGUFReader:
             field.contents()  # strings that are not UTF-8 fail here rather than later
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise UserError(
-            f"{path} is cut short or damaged ({_first_line(error)}); copy or convert it again."
+            f"{path} is cut short or damaged ({first_line(error)}); copy or convert it again."
         ) from None
     return reader
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @lru_cache(maxsize=1)

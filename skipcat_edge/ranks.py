@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
+from skipcat_edge.errors import UserError
 from skipcat_edge.format import factor_parameters
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise UserError unless `ratio` is in (0, 1]."""
+    if not 0 < ratio <= 1:
+        raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
 
 
 def uniform_rank(m: int, n: int, ratio: float, skip: bool, grid: int) -> int:

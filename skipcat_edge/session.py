@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from skipcat_edge.cores import usable_cores
 from skipcat_edge.errors import UserError
 from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
 from skipcat_edge.gguf_file import open_gguf, require_gguf
@@ -64,7 +64,7 @@ def default_threads() -> int:
     """One thread for each physical core that this process may use."""
     import psutil
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
@@ -150,7 +150,7 @@ def _load_error(path: Path, context: int, raised: str, errors: deque[str], llama
             f"{path} has the architecture {unknown[1]}, which the installed llama_cpp "
             f"{llama_cpp.__version__} does not know; run `{BUILD_COMMAND}`."
         )
-    if "skipcat.format_version is" in reason or ("skipcat.runtime_min" in reason and "newer" in reason):
+    if "but this runtime" in reason:
         return UserError(
             f"{path} cannot be loaded: {reason}; update skipcat-edge, then run `{BUILD_COMMAND}`."
         )

@@ -13,7 +13,7 @@ import numpy as np
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import MODELS, LinearGroup, ModelDimensions, RopeScaling
-from skipcat_edge.ranks import uniform_rank
+from skipcat_edge.ranks import check_ratio, uniform_rank
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -118,8 +118,7 @@ def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed
 
     Raises UserError for a ratio outside (0, 1] or one that no rank can keep.
     """
-    if not 0 < ratio <= 1:
-        raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
+    check_ratio(ratio)
     rng = np.random.default_rng(seed)
     return Plan(model, type_, ratio, seed, tuple(_tensors(model, type_, ratio, rng)))
 

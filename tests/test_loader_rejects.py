@@ -101,6 +101,11 @@ def test_refused_by_generate(results: Results, name: str) -> None:
         assert "damaged" in line
 
 
+@pytest.mark.parametrize("name", ["format_version_2", "runtime_of_the_future"])
+def test_a_file_for_a_newer_runtime_says_to_update(results: Results, name: str) -> None:
+    assert "update skipcat-edge, then run `skipcat-edge runtime build" in results.cli[name]["stderr"]
+
+
 def test_a_refusal_ends_the_real_program_with_2(files: dict[str, Path]) -> None:
     program = [sys.executable, "-c", "from skipcat_edge.cli import main; main()"]
     command = [*program, "generate", files["mask_of_ones"], "-n", "1"]

@@ -57,21 +57,22 @@ def command(
 ) -> None:
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
     from skipcat_edge.output import check_output
+    from skipcat_edge.ranks import check_ratio
     from skipcat_edge.weight_types import weight_type
 
-    if not 0 < ratio <= 1:
-        raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
+    check_ratio(ratio)
     linear = weight_type(quant, have_importance=ratio < 1 and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
     _require_extra()
+    from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS as KNOWN
     from skipcat_converter.pipeline import ConvertOptions, convert
     from skipcat_converter.source_model import resolve_source
     from skipcat_converter.writer import OutputTypes
 
-    if ratio < 1 and KNOWN[method].whiten and calibration is None:
-        raise UserError(f"Method {method} needs a calibration text; pass --calibration FILE.")
+    if ratio < 1:
+        require_calibration(KNOWN[method], calibration)
     from skipcat_edge.gguf_file import open_gguf
     from skipcat_edge.runtime.library import load_library
     from skipcat_edge.runtime.source import stock_tree

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from skipcat_edge.cores import usable_cores
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.pin import patches_dir, read_pin
 from skipcat_edge.runtime.progress import run_logged
@@ -73,9 +74,7 @@ def build_dir(tree: Path, name: str) -> Path:
 
 def jobs() -> int:
     """Compilers to run at once: one per core that this process may use, if memory allows."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, int(psutil.virtual_memory().total // _BYTES_PER_JOB)))
+    return max(1, min(usable_cores(), int(psutil.virtual_memory().total // _BYTES_PER_JOB)))
 
 
 def compilers() -> dict[str, str]:
