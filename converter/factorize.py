@@ -1,8 +1,9 @@
-"""Low-rank factors of one projection: whitened SVD, Cat and Skip.
+"""Low-rank factors of one projection: whitened SVD on one side or both, Cat and Skip.
 
 W: [m, n] is one layer's weight, or the stacked weights of a group (Cat, SkipCat section 3).
-H: [n, n] = E[x x^T] of its input. With L L^T = H the best rank-r factors under
-E|W x - B A x|^2 are the truncated SVD of W L (SVD-LLM, arXiv 2403.07378).
+H: [n, n] = E[x x^T] of its input, G: [m, m] = E[g g^T] of the gradient at its output. With
+L L^T = H the best rank-r factors under tr(G (W - B A) H (W - B A)^T) are the truncated SVD of
+G^1/2 W L (one-sided, G = I: SVD-LLM, arXiv 2403.07378).
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ DAMPING = 1e-4
 
 @dataclass(frozen=True)
 class Method:
-    """What a named method does."""
+    """What a named method does; None: decided per group, by the smaller predicted error."""
 
     name: str
     whiten: bool
-    share: bool
+    two_sided: bool
+    share: bool | None
     """Cat: one projection for all layers that read the same input."""
-    skip: bool
+    skip: bool | None
+    allocation: str
+    """How ranks are chosen unless the user says: a key of allocation.ALLOCATIONS."""
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("skipcat", whiten=True, share=True, skip=True),
-        Method("skip", whiten=True, share=False, skip=True),
-        Method("cat", whiten=True, share=True, skip=False),
-        Method("svd-llm", whiten=True, share=False, skip=False),
-        Method("svd", whiten=False, share=False, skip=False),
+        Method("auto", True, True, None, None, "loss"),
+        Method("skipcat", True, False, True, True, "uniform"),
+        Method("skip", True, False, False, True, "uniform"),
+        Method("cat", True, False, True, False, "uniform"),
+        Method("svd-llm", True, False, False, False, "uniform"),
+        Method("svd", False, False, False, False, "uniform"),
     )
 }
 
@@ -52,7 +57,7 @@ class Factors:
     skip: torch.Tensor | None
     """Inputs in the skip set, ascending: int64 [r]."""
     error: float
-    """Predicted E|W x - B z|^2 / E|W x|^2 over the calibration text."""
+    """Predicted loss over the loss of W = 0, both in the metric that was minimised."""
 
     @property
     def rank(self) -> int:
@@ -88,39 +93,77 @@ def cholesky(H: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
         damping *= 10
 
 
-def truncated_svd(
-    W: torch.Tensor, L: torch.Tensor | None, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Best rank-`rank` factors of W: [m, n] under |(W - B A) L|_F: (B: [m, r], A: [r, n], error).
+@dataclass(frozen=True)
+class Decomposition:
+    """The SVD of C L, from the smaller of its Gram matrices."""
 
-    The error is |(W - B A) L|^2 / |W L|^2. Only the smaller Gram matrix of M = W L is decomposed.
-    With M's left singular vectors U, B = U and A = U^T W need no inverse of L; with its right ones
-    V, B = M V and A = V^T L^-1.
-    """
-    m, n = W.shape
-    M = W if L is None else W @ L
-    G = M @ M.T if m <= n else M.T @ M
-    vectors, kept = _leading_eigenvectors(G, rank)
-    total = float(G.trace())
-    error = max(0.0, 1 - kept / total) if total > 0 else 0.0
-    if m <= n:
-        return vectors, vectors.T @ W, error
-    A = vectors.T if L is None else torch.linalg.solve_triangular(L.T, vectors, upper=True).T
-    return M @ vectors, A, error
+    C: torch.Tensor
+    """[k, n], with C^T C = W^T G W."""
+    L: torch.Tensor | None
+    """[n, n]; None: I."""
+    values: torch.Tensor
+    """Squared singular values, descending: [min(k, n)]. Dropping one costs its value in loss."""
+    vectors: torch.Tensor
+    """Left singular vectors [k, k] where k <= n, else right ones [n, n]."""
+
+    def projection(self, rank: int) -> torch.Tensor:
+        """A: [rank, n], the row space of the best factors.
+
+        Left vectors need no inverse of L: U^T C spans what V^T L^-1 spans.
+        """
+        vectors = self.vectors[:, :rank]
+        if len(self.C) <= self.C.shape[1]:
+            return vectors.T @ self.C
+        if self.L is None:
+            return vectors.T
+        A: torch.Tensor = torch.linalg.solve_triangular(self.L.T, vectors, upper=True).T
+        return A
 
 
-def _leading_eigenvectors(G: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
-    """Eigenvectors of the `rank` largest eigenvalues: [n, rank], and the sum of these values."""
-    values, vectors = torch.linalg.eigh(G)
+def decompose(C: torch.Tensor, L: torch.Tensor | None) -> Decomposition:
+    """Decompose C L for C: [k, n] and lower L: [n, n], in float64."""
+    C = C.double()
+    M = C if L is None else C @ L
+    gram = M @ M.T if len(C) <= C.shape[1] else M.T @ M
+    values, vectors = torch.linalg.eigh(gram)
     # eigh's values ascend
-    return vectors[:, -rank:].flip(1), float(values[-rank:].sum())
+    return Decomposition(C, L, values.flip(0).clamp(min=0), vectors.flip(1))
 
 
-def factorize(W: torch.Tensor, H: torch.Tensor | None, rank: int, skip: bool) -> Factors:
-    """Factors of W: [m, n] at `rank`, whitened by H: [n, n] (None: plain SVD), in float64."""
+def spectrum(C: torch.Tensor, L: torch.Tensor | None) -> torch.Tensor:
+    """`decompose(C, L).values` alone, which is several times cheaper."""
+    C = C.double()
+    M = C if L is None else C @ L
+    values: torch.Tensor = torch.linalg.eigvalsh(M @ M.T if len(C) <= C.shape[1] else M.T @ M)
+    return values.flip(0).clamp(min=0)
+
+
+def factorize(W: torch.Tensor, decomposition: Decomposition, rank: int, skip: bool) -> Factors:
+    """Factors of W: [m, n] at `rank`, in float64."""
+    A = decomposition.projection(rank)
+    chosen = None
+    if skip:
+        chosen = choose_skip_set(A)
+        A = Factors(chosen.T, chosen.T, chosen.skip, 0.0).projection(A.shape[1])
+    total = float(decomposition.values.sum())
+    error = float(decomposition.values[rank:].sum()) / total if total > 0 else 0.0
+    B = refit(W, A, decomposition.L)
+    return Factors(A, B, None, error) if chosen is None else Factors(chosen.T, B, chosen.skip, error)
+
+
+def refit(W: torch.Tensor, A: torch.Tensor, L: torch.Tensor | None) -> torch.Tensor:
+    """The best B: [m, r] for a given A: [r, n], W H A^T (A H A^T)^-1 with H = L L^T (None: I).
+
+    It does not depend on G: every row of B is a least-squares fit of its own.
+    """
     W = W.double()
-    B, A, error = truncated_svd(W, None if H is None else cholesky(H), rank)
-    if not skip:
-        return Factors(A, B, None, error)
-    chosen = choose_skip_set(A)
-    return Factors(chosen.T, B @ A[:, chosen.skip], chosen.skip, error)
+    A = A.double()
+    if L is not None:
+        W, A = W @ L, A @ L
+    # A^T = Q R: B = W Q R^-T needs no squared condition number
+    Q, R = torch.linalg.qr(A.T, mode="reduced")
+    scale = R.diagonal().abs()
+    if bool((scale <= 1e-10 * scale.max()).any()):
+        return W @ torch.linalg.pinv(A)
+    B: torch.Tensor = torch.linalg.solve_triangular(R, (W @ Q).T, upper=True).T
+    return B

@@ -138,3 +138,13 @@ def keeps_input_order(W: np.ndarray, weight: torch.Tensor) -> bool:
     expected, found = own.T @ (own @ probe), file.T @ (file @ probe)
     # quantised base files move this by a few percent, another order by about 100
     return bool((found - expected).norm() <= 0.2 * expected.norm())
+
+
+def linear_weight(module: torch.nn.Module, layer: Layer) -> torch.Tensor | None:
+    """The module's weight as W: [m, n]; None where the module is not the layer alone (fused)."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    for W in (weight, weight.T) if isinstance(module, torch.nn.Linear) else (weight.T, weight):
+        if tuple(W.shape) == (layer.m, layer.n):
+            return W.detach().float()
+    return None

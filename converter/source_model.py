@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class SourceModel:
     """Sees both sides of a token (BERT): calibrated on sentences instead of windows of text."""
     max_length: int
     """Longest sequence the model takes, in tokens."""
+    pools_first_token: bool = False
+    """An encoder's sentence embedding is its first token's, not the mean of all."""
 
 
 def resolve_source(source: str) -> Path:
@@ -82,4 +85,14 @@ def load_source(path: Path, device: str) -> SourceModel:
     except Exception as error:  # transformers, safetensors and pickle each raise their own
         raise UserError(f"{path} cannot be loaded by transformers: {first_line(error)}") from None
     max_length = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    return SourceModel(path.resolve().name, module.eval().to(device), tokenizer, is_encoder, max_length)
+    return SourceModel(path.resolve().name, module.eval().to(device), tokenizer, is_encoder, max_length,
+                       _pools_first_token(path))
+
+
+def _pools_first_token(path: Path) -> bool:
+    """What sentence-transformers' configuration says; the mean is its default."""
+    try:
+        pooling = json.loads((path / "1_Pooling" / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(pooling.get("pooling_mode_cls_token", False))

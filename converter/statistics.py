@@ -1,8 +1,9 @@
-"""Second moments of the inputs of linear layers, one block at a time.
+"""Two-sided statistics of linear layers, one block at a time.
 
-The model's blocks are run one after another over all calibration batches, with the hidden
-states in between kept, so that only one block's H matrices are in memory. What else a block
-takes (masks, positions) is recorded by a first pass in which the blocks do nothing.
+H = E[x x^T] of a layer's input and G = E[g g^T] of the gradient of the model's loss with respect
+to its output. The hidden states before every block are kept from a forward pass; then each block,
+from the last to the first, is run once more forwards and backwards, so that only one block's
+matrices and activations are in memory.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ import torch
 
 from skipcat_edge.errors import UserError
 
+from .block_chain import BlockChain, find_chain, run_body, run_whole
 from .calibration import Batch, CalibrationSet
-from .layers import Layer, LayerMap
+from .layers import Layer, LayerMap, linear_weight
+from .losses import loss_of
+from .second_moments import SecondMoment
 from .source_model import SourceModel
+
+# A forward pass with the head holds this many rows of logits, and their gradients, at a time.
+_HEAD_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,36 @@ class InputStatistics:
 
     H: torch.Tensor
     tokens: int
+    shrinkage: float
+    """How far H was moved towards its diagonal, in [0, 1]."""
 
 
-BlockStatistics = dict[str, InputStatistics]
-"""By tensor name; layers that read the same input share one object."""
+@dataclass(frozen=True)
+class OutputStatistics:
+    """What G says about a layer W: [m, n], in the only form that the factors need.
+
+    The outputs' order in the file may differ from the module's (llama.cpp's converter permutes
+    some), and W^T G W does not depend on it.
+    """
+
+    C: torch.Tensor
+    """[min(m, n), n], with C^T C = W^T G W."""
+    mean_weight: float
+    """Mean of G's diagonal."""
+    shrinkage: float
+    """How far G was moved towards its diagonal, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Both sides of one layer; `output` is None where no gradient was taken."""
+
+    input: InputStatistics
+    output: OutputStatistics | None
+
+
+BlockStatistics = dict[str, LayerStatistics]
+"""By tensor name; layers that read the same input share one InputStatistics."""
 
 
 def block_statistics(
@@ -38,33 +71,67 @@ def block_statistics(
     layers: LayerMap,
     calibration: CalibrationSet,
     advance: Callable[[], None] = lambda: None,
+    gradients: bool = True,
+    seed: int = 0,
 ) -> Iterator[tuple[int, BlockStatistics]]:
-    """Yield (block index, its statistics) for every block with layers to factor, in order.
+    """Yield (block index, its statistics) for every block with layers to factor, the last one first.
 
     `advance` is called after each batch of each block. Raises UserError, naming the layer,
-    where an activation is not finite.
+    where an activation or a gradient is not finite.
     """
     by_block: dict[int, list[Layer]] = {}
     for group in layers.groups:
         by_block.setdefault(group[0].index, []).extend(group)
-    blocks = _find_blocks(model.module, [layer for group in layers.groups for layer in group])
-    in_tuple = None if blocks is None else _chain_form(model, blocks, calibration.batches[0])
-    if blocks is None or in_tuple is None:
-        yield from _all_at_once(model, by_block, calibration, advance)
+    wanted = [layer for group in layers.groups for layer in group]
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+    chain = find_chain(model, wanted, calibration.batches[0])
+    generator = torch.Generator().manual_seed(seed)
+    if chain is None:
+        yield from _all_at_once(model, by_block, calibration, advance, gradients, generator)
         return
-    with torch.inference_mode():
-        states = [_record(model, blocks, batch, in_tuple) for batch in calibration.batches]
-    for index, block in enumerate(blocks[: max(by_block) + 1]):
-        wanted = by_block.get(index, [])
-        collector = _Collector(model.module, wanted)
-        with torch.inference_mode(), collector.hooked():
-            for batch, state in zip(calibration.batches, states, strict=True):
+    recorded = [chain.record(batch) for batch in calibration.batches]
+    last = len(chain.blocks) if gradients else max(by_block) + 1
+    states = [[item.hidden] for item in recorded]
+    with torch.no_grad():
+        for index in range(last):
+            for batch_states, item in zip(states, recorded, strict=True):
+                batch_states.append(chain.run(index, batch_states[-1], item))
+    upstream: list[torch.Tensor | None] = [None] * len(recorded)
+    if gradients:
+        upstream = [
+            _head_gradient(chain, batch, batch_states[-1], generator)
+            for batch, batch_states in zip(calibration.batches, states, strict=True)
+        ]
+    for index in reversed(range(last)):
+        collector = _Collector(model.module, by_block.get(index, []), gradients)
+        with collector.hooked():
+            for number, batch in enumerate(calibration.batches):
+                states[number].pop()
                 collector.start(batch)
-                args, kwargs = state.arguments[index]
-                state.hidden = _first(block(state.hidden, *args, **kwargs))
+                hidden = states[number][-1].detach().requires_grad_(gradients)
+                with torch.set_grad_enabled(gradients):
+                    output = chain.run(index, hidden, recorded[number])
+                if gradients:
+                    (upstream[number],) = torch.autograd.grad(output, hidden, upstream[number])
                 advance()
-        if wanted:
+        if index in by_block:
             yield index, collector.finish()
+
+
+def _head_gradient(
+    chain: BlockChain, batch: Batch, hidden: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Gradient of the loss with respect to the last block's output: as `hidden`."""
+    rows = max(1, _HEAD_TOKENS // hidden.shape[1])
+    parts = []
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        some = Batch(batch.ids[part], batch.mask[part])
+        leaf = hidden[part].detach().requires_grad_()
+        output = chain.output_of(some, leaf, lambda small: run_whole(chain.model, small))
+        parts.append(torch.autograd.grad(loss_of(chain.model, some, output, generator), leaf)[0])
+    return torch.cat(parts)
 
 
 def _all_at_once(
@@ -72,79 +139,95 @@ def _all_at_once(
     by_block: dict[int, list[Layer]],
     calibration: CalibrationSet,
     advance: Callable[[], None],
+    gradients: bool,
+    generator: torch.Generator,
 ) -> Iterator[tuple[int, BlockStatistics]]:
-    """For models whose blocks are no plain chain: whole forward passes, all H in memory."""
-    collectors = {index: _Collector(model.module, layers) for index, layers in sorted(by_block.items())}
+    """For models whose blocks are no plain chain: whole passes, the matrices of all blocks in memory."""
+    collectors = {index: _Collector(model.module, layers, gradients) for index, layers in by_block.items()}
     n_blocks = max(collectors) + 1
-    with torch.inference_mode():
+
+    def as_leaf(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(gradients)
+
+    with ExitStack() as stack:
+        embeddings = model.module.get_input_embeddings()  # type: ignore[operator]
+        stack.callback(embeddings.register_forward_hook(as_leaf).remove)
+        for collector in collectors.values():
+            stack.enter_context(collector.hooked())
         for batch in calibration.batches:
-            with ExitStack() as stack:
-                for collector in collectors.values():
-                    collector.start(batch)
-                    stack.enter_context(collector.hooked())
-                _forward(model, batch)
+            for collector in collectors.values():
+                collector.start(batch)
+            with torch.set_grad_enabled(gradients):
+                output = (run_whole if gradients else run_body)(model, batch)
+                if gradients:
+                    loss_of(model, batch, output, generator).backward()
             for _ in range(n_blocks):
                 advance()
-    for index in list(collectors):
+    for index in sorted(collectors, reverse=True):
         yield index, collectors.pop(index).finish()
 
 
-@dataclass
-class _State:
-    """Of one batch: the hidden states, and per block what else its forward takes."""
-
-    hidden: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
 class _Collector:
-    """Accumulates H of the inputs of some layers, once per distinct input."""
+    """Accumulates H of the inputs of some layers, once per distinct input, and G of their outputs."""
 
-    def __init__(self, module: torch.nn.Module, layers: list[Layer]) -> None:
+    def __init__(self, module: torch.nn.Module, layers: list[Layer], gradients: bool) -> None:
         self._modules = {layer.tensor: module.get_submodule(layer.module) for layer in layers}
         self._layers = {layer.tensor: layer for layer in layers}
-        self._sums: list[_Sum] = []
+        self._inputs: list[_Input] = []
+        self._outputs: dict[str, _Output] = {}
+        if gradients:
+            for layer in layers:
+                W = linear_weight(self._modules[layer.tensor], layer)
+                if W is not None:
+                    self._outputs[layer.tensor] = _Output(W)
         self._mask: torch.Tensor | None = None
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_pre_hook(self._hook(tensor)) for tensor, module in self._modules.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            for tensor, module in self._modules.items():
+                stack.callback(module.register_forward_pre_hook(self._input_hook(tensor)).remove)
+                if tensor in self._outputs:
+                    stack.callback(module.register_forward_hook(self._output_hook(tensor)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def start(self, batch: Batch) -> None:
         """Begin a batch: inputs of the one before are no longer the same input."""
         self._mask = batch.mask
-        for total in self._sums:
+        for total in self._inputs:
             total.seen = None
 
-    def _hook(self, tensor: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+    def _input_hook(self, tensor: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            self._add(tensor, args[0])
+            self._add_input(tensor, args[0].detach())
 
         return hook
 
-    def _add(self, tensor: str, x: torch.Tensor) -> None:
-        own = next((total for total in self._sums if tensor in total.readers), None)
+    def _output_hook(self, tensor: str) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
+        def hook(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._outputs[tensor].add(self._real_rows(gradient)))
+
+        return hook
+
+    def _real_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., n] as rows, without those of padding."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self._mask is not None and len(rows) == self._mask.numel():
+            rows = rows[self._mask.reshape(-1).bool().to(rows.device)]
+        return rows
+
+    def _add_input(self, tensor: str, x: torch.Tensor) -> None:
+        own = next((total for total in self._inputs if tensor in total.readers), None)
         if own is None:
-            own = next((total for total in self._sums if total.is_input(x)), None)
+            own = next((total for total in self._inputs if total.is_input(x)), None)
             if own is None:
-                n = x.shape[-1]
-                own = _Sum(torch.zeros(n, n, dtype=torch.float64, device=x.device))
-                self._sums.append(own)
+                own = _Input(SecondMoment(x.shape[-1], x.device))
+                self._inputs.append(own)
             own.readers.add(tensor)
         if own.seen is None:
             own.seen = x
-            rows = x.reshape(-1, x.shape[-1]).float()
-            if self._mask is not None and len(rows) == self._mask.numel():
-                rows = rows[self._mask.reshape(-1).bool().to(rows.device)]
-            own.H += rows.T @ rows
-            own.tokens += len(rows)
+            own.moment.add(self._real_rows(x))
         elif not own.is_input(x):
             raise UserError(
                 f"{self._layers[tensor].module} does not always read the same input as its group; "
@@ -153,27 +236,34 @@ class _Collector:
 
     def finish(self) -> BlockStatistics:
         statistics: BlockStatistics = {}
-        for total in self._sums:
-            first = self._layers[sorted(total.readers)[0]]
-            if not bool(torch.isfinite(total.H).all()):
-                raise UserError(
-                    f"An activation entering {first.module} ({first.tensor}) is not a finite number; "
-                    "check the model's weights and the calibration text."
-                )
-            shared = InputStatistics(total.H / max(1, total.tokens), total.tokens)
-            statistics.update(dict.fromkeys(total.readers, shared))
+        for total in self._inputs:
+            shrunk = total.moment.shrunk()
+            self._require_finite(shrunk.matrix, sorted(total.readers)[0], "An activation entering")
+            shared = InputStatistics(shrunk.matrix, shrunk.tokens, shrunk.amount)
+            for tensor in total.readers:
+                output = self._outputs.get(tensor)
+                found = None if output is None or not output.moment.tokens else output.finish()
+                if found is not None:
+                    self._require_finite(found.C, tensor, "A gradient reaching")
+                statistics[tensor] = LayerStatistics(shared, found)
         missing = sorted(self._layers.keys() - statistics.keys())
         if missing:
             name = self._layers[missing[0]].module
             raise UserError(f"{name} was not run by the calibration text; use another text.")
         return statistics
 
+    def _require_finite(self, matrix: torch.Tensor, tensor: str, what: str) -> None:
+        if not bool(torch.isfinite(matrix).all()):
+            raise UserError(
+                f"{what} {self._layers[tensor].module} ({tensor}) is not a finite number; "
+                "check the model's weights and the calibration text."
+            )
+
 
 @dataclass
-class _Sum:
-    H: torch.Tensor
+class _Input:
+    moment: SecondMoment
     readers: set[str] = field(default_factory=set)
-    tokens: int = 0
     seen: torch.Tensor | None = None
     """This batch's input. Held, so that no other tensor gets its address."""
 
@@ -181,75 +271,39 @@ class _Sum:
         return self.seen is not None and self.seen.data_ptr() == x.data_ptr() and self.seen.shape == x.shape
 
 
-def _find_blocks(module: torch.nn.Module, layers: list[Layer]) -> list[torch.nn.Module] | None:
-    """The list of blocks that holds all layers, where there is one and it is indexed like GGUF."""
-    containers = set()
-    for layer in layers:
-        head, found, _ = layer.module.partition(f".{layer.index}.")
-        containers.add(head if found else None)
-    if len(containers) != 1 or None in containers:
-        return None
-    blocks = module.get_submodule(str(containers.pop()))
-    return list(blocks) if isinstance(blocks, torch.nn.ModuleList) else None
+class _Output:
+    """Accumulates G of one layer W: [m, n], or W^T G W where that is smaller."""
+
+    def __init__(self, W: torch.Tensor) -> None:
+        self.W = W
+        self.wide = W.shape[0] <= W.shape[1]
+        self.moment = SecondMoment(min(W.shape), W.device)
+        self._diagonal = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take gradients: [tokens, m] in."""
+        self._diagonal += rows.square().sum(0)
+        self.moment.add(rows if self.wide else rows @ self.W)
+
+    def finish(self) -> OutputStatistics:
+        W = self.W.double()
+        diagonal = self._diagonal / self.moment.tokens
+        if self.wide:
+            G = self.moment.shrunk()
+            C = square_root(G.matrix) @ W
+        else:
+            G = self.moment.shrunk(target=(W.T * diagonal) @ W)
+            C = square_root(G.matrix)
+        return OutputStatistics(C, float(diagonal.mean()), G.amount)
 
 
-def _chain_form(model: SourceModel, blocks: list[torch.nn.Module], batch: Batch) -> bool | None:
-    """Whether blocks return tuples; None where running block after block is not the model's forward."""
-    small = Batch(batch.ids[:1], batch.mask[:1])
-    outputs: list[Any] = []
-    handle = blocks[-1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    try:
-        with torch.inference_mode():
-            _forward(model, small)
-            handle.remove()
-            in_tuple = isinstance(outputs[0], tuple)
-            state = _record(model, blocks, small, in_tuple)
-            for block, (args, kwargs) in zip(blocks, state.arguments, strict=True):
-                state.hidden = _first(block(state.hidden, *args, **kwargs))
-            same = torch.allclose(_first(outputs[0]), state.hidden, rtol=1e-4, atol=1e-5)
-    except torch.OutOfMemoryError:
-        raise UserError("The device has too little memory for this model; use --device cpu.") from None
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-        return None
-    finally:
-        handle.remove()
-    return in_tuple if same else None
-
-
-def _record(model: SourceModel, blocks: list[torch.nn.Module], batch: Batch, in_tuple: bool) -> _State:
-    """Run the model with blocks that pass their input on; keep what each was called with.
-
-    `in_tuple`: the model's blocks return a tuple whose first element is the hidden states.
-    """
-    calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
-
-    def stub(hidden: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if hidden is None:
-            hidden = kwargs.pop("hidden_states")
-        calls.append((hidden, args, kwargs))
-        return (hidden,) if in_tuple else hidden
-
-    try:
-        for block in blocks:
-            block.forward = stub
-        _forward(model, batch)
-    finally:
-        for block in blocks:
-            del block.forward
-    return _State(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
-
-
-def _forward(model: SourceModel, batch: Batch) -> None:
-    device = next(model.module.parameters()).device
-    # Without the head, whose logits nobody reads.
-    body = getattr(model.module, "base_model", model.module)
-    body(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device),
-         **({} if model.is_encoder else {"use_cache": False}))
-
-
-def _first(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def square_root(S: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of a positive semidefinite S: [n, n]; NaN where S is not finite."""
+    if not bool(torch.isfinite(S).all()):
+        return torch.full_like(S, float("nan"))
+    values, vectors = torch.linalg.eigh(S)
+    root: torch.Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 def split_by_input(model: SourceModel, layers: LayerMap, calibration: CalibrationSet) -> LayerMap:
@@ -258,20 +312,17 @@ def split_by_input(model: SourceModel, layers: LayerMap, calibration: Calibratio
     Layers whose module is not run go to `dense`.
     """
     inputs: dict[str, torch.Tensor] = {}
-    handles = []
-    for layer in (layer for group in layers.groups for layer in group):
-
-        def hook(_: torch.nn.Module, args: tuple[Any, ...], tensor: str = layer.tensor) -> None:
-            inputs[tensor] = args[0]
-
-        handles.append(model.module.get_submodule(layer.module).register_forward_pre_hook(hook))
     batch = calibration.batches[-1]
-    try:
-        with torch.inference_mode():
-            _forward(model, Batch(batch.ids[:1], batch.mask[:1]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in (layer for group in layers.groups for layer in group):
+
+            def hook(_: torch.nn.Module, args: tuple[Any, ...], tensor: str = layer.tensor) -> None:
+                inputs[tensor] = args[0]
+
+            module = model.module.get_submodule(layer.module)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        with torch.no_grad():
+            run_body(model, Batch(batch.ids[:1], batch.mask[:1]))
     groups: list[tuple[Layer, ...]] = []
     dense = dict(layers.dense)
     for group in layers.groups:

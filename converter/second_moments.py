@@ -1,0 +1,63 @@
+"""Second moments E[v v^T] with the shrinkage that their own noise asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Neighbouring tokens are correlated: the two halves of a sample take turns in runs of this many.
+_RUN = 64
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """(1 - amount) S + amount * target, for S = E[v v^T]."""
+
+    matrix: torch.Tensor
+    """[n, n], float64, symmetric."""
+    amount: float
+    """In [0, 1]; 0 where S is known exactly."""
+    tokens: int
+
+
+class SecondMoment:
+    """Accumulates E[v v^T] of row vectors in two halves, whose difference shows the noise."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+        self._counts = [0, 0]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._counts)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows: [tokens, n] in."""
+        start = self.tokens
+        half = (torch.arange(start, start + len(rows), device=rows.device) // _RUN) % 2
+        for index in range(2):
+            part = rows[half == index].float()
+            self._sums[index] += part.T @ part
+            self._counts[index] += len(part)
+
+    def shrunk(self, target: torch.Tensor | None = None) -> Shrunk:
+        """The mean, shrunk towards `target`: [n, n] (None: its own diagonal).
+
+        The amount that minimises the expected squared error is the noise of the mean over its
+        distance from the target (Ledoit and Wolf 2004; Schaefer and Strimmer 2005). The noise is
+        measured: half the sample is compared with the other half, so correlated tokens count for
+        what they are worth.
+        """
+        tokens = max(1, self.tokens)
+        S = self._sums.sum(0) / tokens
+        goal = torch.diag(S.diagonal()) if target is None else target
+        distance = float((S - goal).square().sum())
+        if distance == 0:
+            return Shrunk(S, 0.0, self.tokens)
+        if 0 in self._counts:
+            return Shrunk(goal, 1.0, self.tokens)
+        first, second = (self._sums[index] / self._counts[index] for index in range(2))
+        noise = float((first - second).square().sum()) * self._counts[0] * self._counts[1] / tokens**2
+        amount = min(1.0, noise / distance)
+        return Shrunk((1 - amount) * S + amount * goal, amount, self.tokens)

@@ -1,0 +1,168 @@
+"""Statistics on disk: one safetensors file, written block by block and read lazily.
+
+    <group's first tensor>.H           [n, n], with .H.shrinkage: [1]
+    <tensor>.C                         [min(m, n), n], with .C.shrinkage and .C.mean_weight: [1]
+
+The metadata says whose statistics they are: hashes of the model's weights and of the text, what
+was read, and which layers of the model stand behind the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from skipcat_edge.errors import UserError, first_line
+
+from .layers import Layer, LayerMap
+from .statistics import BlockStatistics, InputStatistics, LayerStatistics, OutputStatistics
+
+_FORMAT = "skipcat-statistics-1"
+# Bytes of a model's files that are hashed at a time.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the statistics were taken from; another of any of these gives other statistics."""
+
+    source_sha256: str
+    text_sha256: str
+    tokens: int
+    """Calibration tokens, without special ones of a causal model."""
+    seq_len: int | None
+    calib_tokens: int | None
+    """As asked for: None means the default."""
+    gradients: bool
+    seed: int
+
+
+_WORDS = {
+    "source_sha256": "model", "text_sha256": "calibration text", "seq_len": "--seq-len",
+    "calib_tokens": "--calib-tokens", "gradients": "--no-grad", "seed": "--seed",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """All statistics of one calibration."""
+
+    path: Path
+    provenance: Provenance
+    layers: LayerMap
+
+    def block(self, index: int) -> BlockStatistics:
+        """Statistics of one block's layers, read from the file."""
+        statistics: BlockStatistics = {}
+        with safe_open(self.path, framework="pt") as file:
+            names = set(file.keys())
+            for group in (group for group in self.layers.groups if group[0].index == index):
+                first = group[0].tensor
+                shared = InputStatistics(file.get_tensor(f"{first}.H").double(), self.provenance.tokens,
+                                         float(file.get_tensor(f"{first}.H.shrinkage")))
+                for layer in group:
+                    output = None
+                    if f"{layer.tensor}.C" in names:
+                        mean_weight, shrinkage = (
+                            float(file.get_tensor(f"{layer.tensor}.C.{name}"))
+                            for name in ("mean_weight", "shrinkage")
+                        )
+                        C = file.get_tensor(f"{layer.tensor}.C").double()
+                        output = OutputStatistics(C, mean_weight, shrinkage)
+                    statistics[layer.tensor] = LayerStatistics(shared, output)
+        return statistics
+
+
+def write_statistics(
+    path: Path, provenance: Provenance, layers: LayerMap, with_output: set[str],
+    blocks: Iterable[tuple[int, BlockStatistics]],
+) -> Statistics:
+    """Write `blocks` to `path` as they come; `with_output`: the layers that will have a C."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in layers.groups:
+        shapes[f"{group[0].tensor}.H"] = (group[0].n, group[0].n)
+        shapes[f"{group[0].tensor}.H.shrinkage"] = (1,)
+        for layer in group:
+            if layer.tensor in with_output:
+                shapes[f"{layer.tensor}.C"] = (min(layer.m, layer.n), layer.n)
+                shapes.update({f"{layer.tensor}.C.{name}": (1,) for name in ("mean_weight", "shrinkage")})
+    header: dict[str, object] = {"__metadata__": {
+        "format": _FORMAT,
+        "provenance": json.dumps(asdict(provenance)),
+        "architecture": layers.architecture,
+        "groups": json.dumps([[asdict(layer) for layer in group] for group in layers.groups]),
+        "dense": json.dumps(layers.dense),
+    }}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    offset = 8 + len(encoded)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(offset + end)
+
+        def put(name: str, value: torch.Tensor | float) -> None:
+            array = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else [value], dtype="<f4")
+            assert array.shape == shapes[name], (name, array.shape)
+            place = header[name]
+            assert isinstance(place, dict)
+            file.seek(offset + place["data_offsets"][0])
+            file.write(array.tobytes())
+
+        for index, statistics in blocks:
+            for group in (group for group in layers.groups if group[0].index == index):
+                shared = statistics[group[0].tensor].input
+                put(f"{group[0].tensor}.H", shared.H)
+                put(f"{group[0].tensor}.H.shrinkage", shared.shrinkage)
+                for layer in group:
+                    output = statistics[layer.tensor].output
+                    if layer.tensor in with_output:
+                        assert output is not None, layer.tensor
+                        put(f"{layer.tensor}.C", output.C)
+                        put(f"{layer.tensor}.C.mean_weight", output.mean_weight)
+                        put(f"{layer.tensor}.C.shrinkage", output.shrinkage)
+    return Statistics(path, provenance, layers)
+
+
+def read_statistics(path: Path, expected: Provenance) -> Statistics:
+    """Open the statistics at `path`. Raises UserError, naming what differs, unless they were taken
+    from what `expected` says (its `tokens` is not compared)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError("another kind of file")
+        provenance = Provenance(**json.loads(metadata["provenance"]))
+        groups = [tuple(Layer(**layer) for layer in group) for group in json.loads(metadata["groups"])]
+        layers = LayerMap(metadata["architecture"], groups, json.loads(metadata["dense"]))
+    except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{path} does not hold calibration statistics ({first_line(error)}); "
+                        "remove it, or name another file with --stats.") from None
+    for field, word in _WORDS.items():
+        if getattr(provenance, field) != getattr(expected, field):
+            raise UserError(f"{path} holds the statistics of another {word}; "
+                            "remove it, or name another file with --stats.")
+    return Statistics(path, provenance, layers)
+
+
+def source_sha256(source: Path) -> str:
+    """Hash of a Hugging Face directory's configuration, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in {".json", ".safetensors", ".bin", ".model", ".txt"}:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as data:
+                while chunk := data.read(_CHUNK):
+                    digest.update(chunk)
+    return digest.hexdigest()
