@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,13 @@ class Perplexity:
     """Standard error of `ppl` by the delta method: ppl * std(nll) / sqrt(tokens)."""
     tokens: int
     """Tokens predicted: all of the windows but each one's BOS."""
+
+    @staticmethod
+    def of(losses: np.ndarray) -> Perplexity:
+        """That of `losses` [tokens], each token's negative log-likelihood in nats."""
+        mean, error = mean_and_error(losses)
+        ppl = math.exp(mean)
+        return Perplexity(ppl, ppl * error, len(losses))
 
 
 def open_for_perplexity(path: Path, window: int, threads: int | None = None) -> Any:
@@ -90,9 +97,7 @@ def perplexity(llama: Any, chunks: Sequence[Sequence[int]],
     nll = np.concatenate(losses)
     if not np.isfinite(nll).all():
         raise UserError("The model's logits are not finite; convert it again from sound weights.")
-    ppl = math.exp(nll.mean())
-    spread = float(nll.std(ddof=1)) if len(nll) > 1 else 0.0
-    return Perplexity(ppl, ppl * spread / math.sqrt(len(nll)), len(nll))
+    return Perplexity.of(nll)
 
 
 def negative_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -100,9 +105,34 @@ def negative_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndar
     import numpy as np
 
     result = np.empty(len(targets))
-    for first in range(0, len(targets), _ROWS):
-        rows = logits[first : first + _ROWS].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        target = rows[np.arange(len(rows)), targets[first : first + _ROWS]]
-        result[first : first + _ROWS] = np.log(np.exp(rows).sum(axis=1)) - target
+    for rows in row_blocks(len(targets)):
+        result[rows] = -picked(log_softmax(logits[rows]), targets[rows])
     return result
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    """Slices of `count` rows that are small enough for float64 copies of their logits."""
+    return (slice(first, first + _ROWS) for first in range(0, count, _ROWS))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats: float64 [n, vocabulary], of logits [n, vocabulary]."""
+    import numpy as np
+
+    rows: np.ndarray = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return rows
+
+
+def picked(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """rows[i, columns[i]] for every i: [n], of rows [n, vocabulary] and columns [n]."""
+    import numpy as np
+
+    return np.take_along_axis(rows, columns[:, None], axis=1)[:, 0]
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of `values` [n] and its standard error, 0 for a single value."""
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return float(values.mean()), spread / math.sqrt(len(values))

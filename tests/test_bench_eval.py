@@ -222,7 +222,7 @@ def test_eval_sentence(demo_dense_gguf: Path, story: Path) -> None:
     ("options", "part"),
     [
         (["--window", "100000"], "--window"),
-        (["--reference", "{model}"], "--reference is for embedding models"),
+        (["--reference", "{missing}"], "no such file"),
         (["--text", "{empty}"], "is empty"),
         (["--text", "{missing}"], "cannot be read"),
         (["--text", "{model}"], "not UTF-8"),

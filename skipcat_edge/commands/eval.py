@@ -1,4 +1,4 @@
-"""`skipcat-edge eval`: perplexity, or the cosine to a reference."""
+"""`skipcat-edge eval`: perplexity and the divergence from a reference, or the cosine to it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ import click
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
+    from skipcat_edge.divergence import Divergence
     from skipcat_edge.embedding_eval import EmbeddingSimilarity
     from skipcat_edge.perplexity import Perplexity
 
 
-@click.command(short_help="Measure perplexity, or the cosine to a reference for embedding models.")
+@click.command(short_help="Measure perplexity, and how close a model is to its dense reference.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
 @click.option("--window", default=256, show_default=True, type=click.IntRange(min=2),
               help="Tokens of a window, BOS included.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Use the first tokens of the text only.")
 @click.option("--reference", type=click.Path(path_type=Path),
-              help="For an embedding model: the dense GGUF it was made from.")
+              help="The dense GGUF that FILE was made from; an embedding model needs it.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path, window: int, max_tokens: int | None, reference: Path | None,
             threads: int | None, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text.
 
-    A generative model: perplexity over windows that each start with BOS. An embedding model: the
-    mean cosine between its sentence embeddings and those of --reference, one for each line.
+    A generative model: perplexity over windows that each start with BOS. With --reference also the
+    mean KL divergence KL(reference || FILE) per token, in nats, and the top-1 agreement: the share of
+    tokens for which both models hold the same next token most likely. Both models are in memory
+    then. Each figure has its standard error.
+
+    An embedding model: the mean cosine between its sentence embeddings and those of --reference,
+    one for each line.
     """
     from skipcat_edge.session import model_info
 
@@ -46,27 +52,42 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
             f"over {similarity.lines:,} lines"
         )
     else:
-        if reference is not None:
-            raise UserError(f"{file} is a generative model; --reference is for embedding models.")
-        perplexity = _perplexity(file, text, window, max_tokens, threads)
+        perplexity, divergence = _perplexity(file, reference, text, window, max_tokens, threads)
         values, sentence = asdict(perplexity), (
             f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
             f"windows of {window}"
         )
+        if divergence is not None:
+            values |= asdict(divergence)
+            sentence += (
+                f"\nKL divergence from {reference}: {divergence.kl:.6f} ± {divergence.kl_se:.6f} "
+                "nats per token"
+                f"\ntop-1 agreement with it: {100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %"
+            )
     click.echo(json.dumps(values) if as_json else sentence)
 
 
-def _perplexity(file: Path, text: Path, window: int, max_tokens: int | None,
-                threads: int | None) -> Perplexity:
+def _perplexity(file: Path, reference: Path | None, text: Path, window: int, max_tokens: int | None,
+                threads: int | None) -> tuple[Perplexity, Divergence | None]:
+    from skipcat_edge.divergence import compare, open_pair
     from skipcat_edge.perplexity import open_for_perplexity, perplexity, text_chunks
     from skipcat_edge.terminal import new_progress
 
     content = _read(text)
-    llama = open_for_perplexity(file, window, threads)
+    if reference is None:
+        llama, dense = open_for_perplexity(file, window, threads), None
+    else:
+        llama, dense = open_pair(file, reference, window, threads)
     chunks = text_chunks(llama, content, window, max_tokens, name=str(text))
     with new_progress() as progress:
         task = progress.add_task("windows", total=len(chunks))
-        return perplexity(llama, chunks, advance=lambda: progress.advance(task))
+
+        def advance() -> None:
+            progress.advance(task)
+
+        if dense is None:
+            return perplexity(llama, chunks, advance), None
+        return compare(llama, dense, chunks, advance)
 
 
 def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:

@@ -15,14 +15,24 @@ if TYPE_CHECKING:
 @click.command(short_help="Show ranks, types, sizes and provenance of a GGUF file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(file: Path, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path),
+              help="Also draw the ranks, a row for each layer and a column for each block, into this picture "
+                   "(.png, .pdf, .svg, ...).")
+@click.option("--force", is_flag=True, help="Replace the picture of --plot.")
+def command(file: Path, as_json: bool, plot: Path | None, force: bool) -> None:
     """Show what FILE stores, layer by layer, low-rank or dense; llama.cpp is not needed.
 
     The ratio is stored parameters over those of the dense layers that they replace.
     """
     from skipcat_edge.inspection import inspect
 
+    if plot is not None:
+        from skipcat_edge.rank_plot import check_plot, save_plot
+
+        check_plot(plot, force)
     inspection = inspect(file)
+    if plot is not None:
+        save_plot(inspection, plot, force)
     if as_json:
         click.echo(json.dumps(inspection.to_json(), indent=2))
     else:
