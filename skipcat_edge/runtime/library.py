@@ -59,8 +59,7 @@ def quantize(
 ) -> np.ndarray:
     """Quantise `data`: float32 [rows, columns] with ggml_quantize_chunk: uint8 [rows, row bytes].
 
-    `importance`: float32 [columns], E[x_j^2] of the input; only types that ggml refuses to
-    quantise without it use it. Raises UserError if such a type gets none, or if a number in
+    `importance`: float32 [columns], E[x_j^2] of the input, for ggml's search of scales. Raises UserError if such a type gets none, or if a number in
     `data` is not finite; ValueError if `columns` is not a multiple of the block.
     """
     rows, columns = data.shape
@@ -70,12 +69,10 @@ def quantize(
         raise UserError("A weight is not a finite number; check the model.")
     library = _ggml_base()
     values = np.ascontiguousarray(data, dtype=np.float32)
-    weights = None
-    if requires_importance(type_):
-        if importance is None:
-            raise UserError(f"{type_.name} needs calibration statistics for every layer it is used for; "
-                            "choose another type, or pass --calibration.")
-        weights = np.ascontiguousarray(importance, dtype=np.float32)
+    if importance is None and requires_importance(type_):
+        raise UserError(f"{type_.name} needs calibration statistics for every layer it is used for; "
+                        "choose another type, or pass --calibration.")
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     out = np.empty((rows, tensor_bytes(type_, 1, columns)), dtype=np.uint8)
     written = library.ggml_quantize_chunk(
         int(type_), values.ctypes.data, out.ctypes.data, 0, rows, columns,
