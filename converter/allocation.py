@@ -7,77 +7,57 @@ is found by bisection. What the grid of ranks leaves over is given to the steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from skipcat_edge.errors import UserError
 
+from .candidates import Candidate, Form
 from .layers import Layer
-from .plan import Plan, PlannedOwner
+from .plan import WORTH_MORE, Plan, PlannedOwner
 
-Cost = Callable[[Sequence[Layer], int | None, bool], float]
-"""Of layers that share a projection: cost(members, rank, skip); rank None: they stay dense."""
+Cost = Callable[[Sequence[Layer], int, Form], float]
+"""Of layers that share a projection: cost(members, rank, form)."""
 
-Noise = Callable[[Sequence[Layer], int | None, bool], float]
-"""Predicted loss by rounding, with the same arguments."""
+Groups = Sequence[Sequence[Sequence[Candidate]]]
+"""For each group of layers its alternatives, each a list of candidates that hold all its layers."""
 
 _BISECTIONS = 200
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Layers that may share one projection, and what dropping its terms costs."""
+class BudgetError(UserError):
+    """The budget is below the lowest cost that there is."""
 
-    members: tuple[Layer, ...]
-    spectrum: np.ndarray
-    """Squared singular values, descending; all of W at once for a candidate of one layer."""
-
-    @property
-    def m(self) -> int:
-        return sum(layer.m for layer in self.members)
-
-    @property
-    def n(self) -> int:
-        return self.members[0].n
+    def __init__(self, least: float, budget: float) -> None:
+        super().__init__(f"The lowest ranks already cost {least:,.0f}, but the budget is {budget:,.0f}.")
+        self.least = least
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What one candidate can become: ranks[i] is 0 where it stays dense."""
+    """What one candidate can become; the first option is to stay dense."""
 
     candidate: Candidate
     ranks: np.ndarray
-    skips: np.ndarray
+    forms: tuple[Form, ...]
     costs: np.ndarray
     losses: np.ndarray
 
 
-def allocate(
-    groups: Sequence[Sequence[Sequence[Candidate]]],
-    budget: float,
-    cost: Cost,
-    grid: int,
-    skip: bool | None = None,
-    noise: Noise = lambda members, rank, skip: 0.0,
-) -> Plan:
+def allocate(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | None = None) -> Plan:
     """The ranks of least predicted loss whose cost is at most `budget`.
 
-    `groups`: for each group of layers its alternatives (shared, not shared), each a list of
-    candidates that together hold the group's layers. `skip` None: decided by loss and cost.
-    Raises UserError if even the lowest ranks cost more.
+    `skip` None: decided by loss and cost. Raises BudgetError if even the lowest ranks cost more.
     """
     tables = [
-        [[_options(candidate, cost, grid, skip, noise) for candidate in alternative] for alternative in group]
+        [[_options(candidate, cost, grid, skip) for candidate in alternative] for alternative in group]
         for group in groups
     ]
     chosen = _at_multiplier(tables, float("inf"))
     if _total(chosen) > budget:
-        raise UserError(
-            f"The lowest ranks on the grid of {grid} already cost {_total(chosen):,.0f}, but the budget "
-            f"is {budget:,.0f}; raise it, or choose a --quant with a smaller block."
-        )
+        raise BudgetError(_total(chosen), budget)
     low, high = 1e-30, 1e30
     for _ in range(_BISECTIONS):
         middle = float(np.sqrt(low * high))
@@ -89,19 +69,21 @@ def allocate(
     return _plan(_filled(chosen, budget))
 
 
-def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None, noise: Noise) -> _Options:
-    members, m, n = candidate.members, candidate.m, candidate.n
-    tail = np.concatenate([np.cumsum(candidate.spectrum[::-1])[::-1], [0.0]])
-    dense_cost = cost(members, None, False)
-    rows: list[tuple[int, bool, float, float]] = [(0, False, dense_cost, noise(members, None, False))]
-    for with_skip in (False, True) if skip is None else (skip,):
-        for rank in range(grid, min(m, n - 1 if with_skip else n) + 1, grid):
-            price = cost(members, rank, with_skip)
-            if price < dense_cost:
-                loss = float(tail[min(rank, len(tail) - 1)]) + noise(members, rank, with_skip)
-                rows.append((rank, with_skip, price, loss))
-    ranks, skips, costs, losses = zip(*rows, strict=True)
-    return _Options(candidate, np.array(ranks), np.array(skips), np.array(costs), np.array(losses))
+def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None) -> _Options:
+    m, n = candidate.m, candidate.n
+    dense_cost = cost(candidate.members, 0, None)
+    ranks, costs = [0], [dense_cost]
+    forms: list[Form] = [None]
+    losses = [float(candidate.losses(np.zeros(1, int), None)[0])]
+    for form in (False, True) if skip is None else (skip,):
+        tried = np.arange(grid, min(m, n - 1 if form else n) + 1, grid)
+        prices = np.array([cost(candidate.members, int(rank), form) for rank in tried])
+        saves = prices < dense_cost
+        ranks += tried[saves].tolist()
+        forms += [form] * int(saves.sum())
+        costs += prices[saves].tolist()
+        losses += candidate.losses(tried[saves], form).tolist()
+    return _Options(candidate, np.array(ranks), tuple(forms), np.array(costs), np.array(losses))
 
 
 _Chosen = list[tuple[_Options, int]]
@@ -155,93 +137,12 @@ def _filled(chosen: _Chosen, budget: float) -> _Chosen:
 def _plan(chosen: _Chosen) -> Plan:
     owners: list[PlannedOwner] = []
     dense: dict[str, str] = {}
+    loss = 0.0
     for options, pick in chosen:
-        members, rank = options.candidate.members, int(options.ranks[pick])
-        if rank == 0:
-            dense.update({layer.tensor: "worth more than it costs" for layer in members})
+        members, form = options.candidate.members, options.forms[pick]
+        loss += float(options.losses[pick])
+        if form is None:
+            dense.update({layer.tensor: WORTH_MORE for layer in members})
         else:
-            owners.append(PlannedOwner(members, rank, bool(options.skips[pick])))
-    return Plan(owners, dense)
-
-
-def allocate_by_energy(
-    candidates: Sequence[Candidate], budget: float, cost: Cost, grid: int, skip: bool
-) -> Plan:
-    """Every projection keeps the same share of its energy (the sum of its squared singular values)."""
-
-    def ranks(share: float) -> list[int]:
-        found = []
-        for candidate in candidates:
-            kept = np.cumsum(candidate.spectrum)
-            rank = int(np.searchsorted(kept, share * kept[-1])) + 1
-            found.append(-(-rank // grid) * grid)
-        return found
-
-    return _by_knob(candidates, budget, cost, grid, skip, ranks)
-
-
-def allocate_by_fisher(
-    candidates: Sequence[Candidate], budget: float, cost: Cost, grid: int, skip: bool
-) -> Plan:
-    """Ranks in proportion to each projection's Fisher score (FLRC, arXiv 2510.09332).
-
-    The score is the loss of removing W whole, tr(G W H W^T), with the two-sided statistics in
-    place of the squared products of weights and gradients.
-    """
-    scores = np.array([candidate.spectrum.sum() for candidate in candidates])
-    weights = scores / scores.max()
-
-    def ranks(share: float) -> list[int]:
-        return [
-            grid * int(np.ceil(share * len(candidates) * weight * min(candidate.m, candidate.n) / grid))
-            for weight, candidate in zip(weights, candidates, strict=True)
-        ]
-
-    return _by_knob(candidates, budget, cost, grid, skip, ranks)
-
-
-def _by_knob(
-    candidates: Sequence[Candidate], budget: float, cost: Cost, grid: int, skip: bool,
-    ranks: Callable[[float], list[int]],
-) -> Plan:
-    """The plan of the largest share in [0, 1] that the budget allows; ranks(share) must not fall."""
-
-    def plan(share: float) -> tuple[float, Plan]:
-        owners: list[PlannedOwner] = []
-        dense: dict[str, str] = {}
-        total = 0.0
-        for candidate, wanted in zip(candidates, ranks(share), strict=True):
-            rank = max(grid, wanted)
-            largest = min(candidate.m, candidate.n - 1 if skip else candidate.n)
-            whole = cost(candidate.members, None, False)
-            if rank > largest or cost(candidate.members, rank, skip) >= whole:
-                total += whole
-                dense.update({layer.tensor: "worth more than it costs" for layer in candidate.members})
-            else:
-                total += cost(candidate.members, rank, skip)
-                owners.append(PlannedOwner(candidate.members, rank, skip))
-        return total, Plan(owners, dense)
-
-    total, best = plan(0.0)
-    if total > budget:
-        raise UserError(f"The lowest ranks on the grid of {grid} cost more than the budget allows; raise it.")
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        total, found = plan(middle)
-        if total <= budget:
-            low, best = middle, found
-        else:
-            high = middle
-    return best
-
-
-def candidates_of(groups: Sequence[tuple[Layer, ...]], share: bool | None) -> Iterator[list[list[tuple[Layer, ...]]]]:
-    """The alternatives of each group: shared, not shared, or both."""
-    for group in groups:
-        alone = [(layer,) for layer in group]
-        together = [group]
-        if len(group) == 1 or share is False:
-            yield [alone]
-        else:
-            yield [together] if share else [together, alone]
+            owners.append(PlannedOwner(members, int(options.ranks[pick]), form))
+    return Plan(owners, dense, loss)

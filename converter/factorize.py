@@ -75,21 +75,28 @@ class Factors:
         return A
 
 
-def cholesky(H: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Lower L: [n, n] with L L^T = H + damping * mean(diag H) * I, in float64.
+@dataclass(frozen=True)
+class Whitening:
+    """L L^T = H + damping * mean(diag H) * I."""
 
-    The damping grows tenfold until the factorisation succeeds.
-    """
+    L: torch.Tensor
+    """Lower, [n, n], float64."""
+    damping: float
+    """DAMPING, or more where H would not be factored with it."""
+
+
+def whiten(H: torch.Tensor) -> Whitening:
+    """The damped Cholesky factor of H: [n, n]; the damping grows tenfold until there is one."""
     H = H.double()
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     scale = float(H.diagonal().mean())
     if scale == 0:
-        return eye
+        return Whitening(eye, 1.0)
+    damping = DAMPING
     while True:
         L, info = torch.linalg.cholesky_ex(H + damping * scale * eye)
         if int(info) == 0:
-            lower: torch.Tensor = L
-            return lower
+            return Whitening(L, damping)
         damping *= 10
 
 
@@ -107,13 +114,16 @@ class Decomposition:
     """Left singular vectors [k, k] where k <= n, else right ones [n, n]."""
 
     def projection(self, rank: int) -> torch.Tensor:
-        """A: [rank, n], the row space of the best factors.
+        """A: [rank, n] of the best factors, with A H A^T = I: B's blocks then round with equal weight.
 
-        Left vectors need no inverse of L: U^T C spans what V^T L^-1 spans.
+        Left vectors need no inverse of L: Sigma^-1 U^T C is V^T L^-1.
         """
         vectors = self.vectors[:, :rank]
         if len(self.C) <= self.C.shape[1]:
-            return vectors.T @ self.C
+            sigma = self.values[:rank].sqrt()
+            # a direction without energy is left as it is
+            scale = torch.where(sigma > 1e-7 * sigma[0], sigma, torch.ones_like(sigma))
+            return vectors.T @ self.C / scale[:, None]
         if self.L is None:
             return vectors.T
         A: torch.Tensor = torch.linalg.solve_triangular(self.L.T, vectors, upper=True).T
@@ -164,6 +174,7 @@ def refit(W: torch.Tensor, A: torch.Tensor, L: torch.Tensor | None) -> torch.Ten
     Q, R = torch.linalg.qr(A.T, mode="reduced")
     scale = R.diagonal().abs()
     if bool((scale <= 1e-10 * scale.max()).any()):
-        return W @ torch.linalg.pinv(A)
+        fallback: torch.Tensor = W @ torch.linalg.pinv(A)
+        return fallback
     B: torch.Tensor = torch.linalg.solve_triangular(R, (W @ Q).T, upper=True).T
     return B

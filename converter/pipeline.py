@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.output import atomic_output
 
 from .base_gguf import write_base
-from .calibration import CalibrationSet, load_calibration, require_calibration
-from .factorize import Factors, Method, factorize
-from .layers import LayerMap, keeps_input_order, map_layers
-from .plan import Plan, PlannedOwner, plan_uniform
-from .quantized import QuantizedFactors, quantize_factors
-from .source_model import SourceModel, load_source
-from .statistics import BlockStatistics, block_statistics, split_by_input
-from .writer import OutputTypes, make_layout, read_weight, write_file
-
-Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
-"""Opens a progress display (title, total) and gives the function that advances it."""
+from .calibrate import CalibrationOptions, Phase, checked_layers, load_model, obtain_statistics
+from .calibration import require_calibration
+from .compression import Compressor, OwnerReport, Weights
+from .factorize import Method
+from .layers import LayerMap, map_layers
+from .plan import Plan, plan_uniform
+from .planning import Budget, make_plan, measure_groups
+from .quantized import Rounding
+from .source_model import SourceModel
+from .statistics_file import Statistics
+from .writer import OutputTypes, make_layout, metadata_bytes, write_file
 
 
 @dataclass(frozen=True)
@@ -40,30 +37,40 @@ class ConvertOptions:
     """Hugging Face directory."""
     output: Path
     method: Method
-    ratio: float
     types: OutputTypes
     tree: Path
     """The pinned source, with llama.cpp's converter and tensor names."""
+    ratio: float = 0.8
+    """Unless one of the next two is given."""
+    budget: int | None = None
+    """Bytes of the whole file."""
+    bpw: float | None = None
+    """Bits per dense weight of the linear layers."""
+    allocation: str | None = None
+    """None: the method's own."""
+    rounding: Rounding = Rounding()
     source_name: str | None = None
     """Of a model from the hub; a directory's own name otherwise."""
     base: Path | None = None
     calibration: Path | None = None
+    stats: Path | None = None
+    """Where statistics are kept."""
+    gradients: bool = True
     calib_tokens: int | None = None
     seq_len: int | None = None
     device: str = "cpu"
     seed: int = 0
     force: bool = False
 
+    @property
+    def dense(self) -> bool:
+        """A plain GGUF was asked for."""
+        return self.budget is None and self.bpw is None and self.ratio == 1.0
 
-@dataclass(frozen=True)
-class OwnerReport:
-    """How one owner came out."""
-
-    owner: PlannedOwner
-    error: float
-    """Predicted relative error of the outputs (squared), before quantisation."""
-    largest_t: float
-    """Largest |T_ij|."""
+    @property
+    def calibrated(self) -> bool:
+        """There are statistics to convert by."""
+        return self.calibration is not None or self.stats is not None
 
 
 @dataclass
@@ -74,7 +81,13 @@ class ConvertResult:
     owners: list[OwnerReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     """Linear layers that stayed dense -> why."""
+    kept: float = 1.0
+    """Stored over dense parameters of the layers that could be factored."""
     calibration_tokens: int = 0
+    shrinkage: float = 0.0
+    """The most that any second moments were moved towards their diagonal, in [0, 1]."""
+    damped: dict[str, float] = field(default_factory=dict)
+    """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
 
 
 def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
@@ -88,26 +101,57 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,
     ):
         result = ConvertResult()
-        # Before the base file, which takes longer: most of a user's mistakes show here.
-        inputs = None if options.ratio == 1.0 else _load_inputs(options, phase)
+        model = _load_early(options, phase)
         reader = GGUFReader(options.base or _make_base(options, Path(scratch), phase))
         _check_base(reader, options.base)
-        if inputs is None:
-            _write_dense(options, reader, partial, phase)
+        statistics = _statistics(options, reader, Path(scratch), phase, model)
+        if statistics is not None:
+            layers = statistics.layers
+            result.calibration_tokens = statistics.provenance.tokens
+            result.shrinkage = statistics.largest_shrinkage()
+        elif model is not None:
+            layers = checked_layers(reader, map_layers(reader, model.module, options.tree), model)
         else:
-            _write_low_rank(options, reader, partial, phase, *inputs, result)
+            layers = LayerMap(str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE)), [], {})
+        del model
+        weights = Weights.of(reader, layers.groups, options.device)
+        compressor = Compressor(weights, statistics, options.method, options.types, options.rounding)
+        plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase)
+        result.dense = {} if options.dense else {**layers.dense, **plan.dense}
+        result.kept = _kept(layers, plan)
+        _write(options, reader, layers, plan, compressor, partial, phase)
+        result.owners, result.damped = compressor.reports, compressor.damped
         result.output_bytes = partial.stat().st_size
+        if options.budget is not None and result.output_bytes > options.budget:
+            raise UserError(f"The file needs {result.output_bytes:,} bytes, more than its budget of "
+                            f"{options.budget:,}; raise it a little.")
     return result
 
 
-def _load_inputs(options: ConvertOptions, phase: Phase) -> tuple[SourceModel, CalibrationSet | None]:
-    require_calibration(options.method, options.calibration)
-    with phase("Loading the model", 1) as advance:
-        model = load_source(options.source, options.device)
-        advance(1)
-    if options.calibration is None or not options.method.whiten:
-        return model, None
-    return model, load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
+def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
+    """The source model where it will be needed, before the base file, which takes longer: most of a
+    user's mistakes show here."""
+    if options.stats is not None and options.stats.exists():
+        return None
+    if options.dense and options.calibration is None:
+        return None
+    if not options.dense:
+        require_calibration(options.method, options.calibration)
+    return load_model(options.source, options.device, phase)
+
+
+def _statistics(
+    options: ConvertOptions, reader: GGUFReader, scratch: Path, phase: Phase, model: SourceModel | None
+) -> Statistics | None:
+    if not options.calibrated or not options.method.whiten:
+        return None
+    # a dense file needs none, but statistics that are kept should serve the next one
+    gradients = options.gradients and options.method.two_sided and (
+        not options.dense or (options.stats is not None and not options.stats.exists()))
+    calibration = CalibrationOptions(options.calibration, options.calib_tokens, options.seq_len, gradients,
+                                     options.device, options.seed)
+    path = options.stats or scratch / "statistics.safetensors"
+    return obtain_statistics(options.source, reader, options.tree, calibration, path, phase, model)
 
 
 def _check_base(reader: GGUFReader, path: Path | None) -> None:
@@ -134,124 +178,78 @@ def _make_base(options: ConvertOptions, scratch: Path, phase: Phase) -> Path:
     return out
 
 
-def _write_dense(options: ConvertOptions, reader: GGUFReader, partial: Path, phase: Phase) -> None:
-    layout = make_layout(reader, [], options.types)
-    architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
-    total = sum(slot.nbytes for slot in layout.slots())
-    with phase("Writing", total) as advance:
-        metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
-        write_file(partial, reader, layout, metadata, iter(()), advance=advance)
-
-
-def _write_low_rank(
-    options: ConvertOptions,
-    reader: GGUFReader,
-    partial: Path,
-    phase: Phase,
-    model: SourceModel,
-    calibration: CalibrationSet | None,
-    result: ConvertResult,
-) -> None:
-    layers = _checked_layers(reader, map_layers(reader, model.module, options.tree), model)
-    if calibration is not None:
-        result.calibration_tokens = calibration.tokens
-        layers = split_by_input(model, layers, calibration)
-    plan = plan_uniform(layers.groups, options.method, options.ratio, options.types.linear)
-    result.dense = {**layers.dense, **plan.dense}
-    if not plan.owners:
-        reasons = Counter(result.dense.values()).most_common(1)
+def _plan(
+    options: ConvertOptions, reader: GGUFReader, layers: LayerMap, compressor: Compressor, phase: Phase
+) -> Plan:
+    type_, method = options.types.linear, options.method
+    allocation = options.allocation or method.allocation
+    by_ratio = options.budget is None and options.bpw is None
+    if allocation == "uniform" and by_ratio and method.share is not None and method.skip is not None:
+        # the papers' rule; it needs no spectra
+        plan = plan_uniform(layers.groups, method, options.ratio, type_)
+    else:
+        rounding = options.rounding
+        with phase("Measuring layers", len(layers.groups)) as advance:
+            groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, method,
+                                    rounding, lambda: advance(1))
+        plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_)
+    if not plan.owners and by_ratio:
+        reasons = Counter({**layers.dense, **plan.dense}.values()).most_common(1)
         reason = reasons[0][0] if reasons else "it has no linear layers that the runtime factors"
         hint = "; raise --ratio, or choose a --quant with a smaller block" if plan.dense else ""
         raise UserError(
-            f"No layer of {model.name} can be low-rank at ratio {options.ratio:g}: {reason}{hint}."
+            f"No layer of {options.source.name} can be low-rank at ratio {options.ratio:g}: {reason}{hint}."
         )
+    return plan
+
+
+def _budget(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> Budget:
+    if options.bpw is not None:
+        return Budget("bpw", options.bpw)
+    if options.budget is None:
+        return Budget("ratio", options.ratio)
+    factored = {layer.tensor for group in layers.groups for layer in group}
+    slots = make_layout(reader, [], options.types).slots()
+    fixed = sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
+    return Budget("file", options.budget, fixed + metadata_bytes(reader, layers))
+
+
+def _kept(layers: LayerMap, plan: Plan) -> float:
+    total = sum(layer.m * layer.n for group in layers.groups for layer in group)
+    saved = sum(owner.dense_parameters - owner.parameters for owner in plan.owners)
+    return 1 - saved / total if total else 1.0
+
+
+def _write(
+    options: ConvertOptions, reader: GGUFReader, layers: LayerMap, plan: Plan, compressor: Compressor,
+    partial: Path, phase: Phase,
+) -> None:
     layout = make_layout(reader, plan.owners, options.types)
-    metadata = _metadata(options, layers, model, calibration)
-    with phase("Factoring", len(plan.owners)) as advance:
-        factors = _factors(options, reader, model, layers, plan, calibration, phase, advance, result)
-        write_file(partial, reader, layout, metadata, factors)
-
-
-def _checked_layers(reader: GGUFReader, layers: LayerMap, model: SourceModel) -> LayerMap:
-    """`layers` without those whose inputs llama.cpp's converter reorders."""
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    dense = dict(layers.dense)
-    groups = []
-    for group in layers.groups:
-        kept = []
-        for layer in group:
-            weight = model.module.get_submodule(layer.module).weight
-            assert isinstance(weight, torch.Tensor)
-            if keeps_input_order(read_weight(tensors[layer.tensor]), weight):
-                kept.append(layer)
-            else:
-                dense[layer.tensor] = "its inputs in the file are not its module's"
-        if kept:
-            groups.append(tuple(kept))
-    return LayerMap(layers.architecture, groups, dense)
-
-
-def _factors(
-    options: ConvertOptions,
-    reader: GGUFReader,
-    model: SourceModel,
-    layers: LayerMap,
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    phase: Phase,
-    advance: Callable[[float], None],
-    result: ConvertResult,
-) -> Iterator[tuple[PlannedOwner, QuantizedFactors]]:
-    """Factor and quantise owner after owner, with one block's statistics at a time."""
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for block, statistics in _statistics(model, layers, calibration, phase):
-        owners = [owner for owner in plan.owners if owner.block == block]
-        for owner in _in_file_order(owners, tensors):
-            H = statistics[owner.members[0].tensor].H if statistics else None
-            factors = _factor_owner(owner, tensors, H, options)
-            result.owners.append(OwnerReport(owner, factors.error, float(factors.T.abs().max())))
-            yield owner, quantize_factors(factors, H, owner.outputs, options.types.linear)
-            advance(1)
-
-
-def _statistics(
-    model: SourceModel, layers: LayerMap, calibration: CalibrationSet | None, phase: Phase
-) -> Iterator[tuple[int, BlockStatistics]]:
-    blocks = sorted({group[0].index for group in layers.groups})
-    if calibration is None:
-        yield from ((block, {}) for block in blocks)
-        return
-    with phase("Calibrating", (blocks[-1] + 1) * len(calibration.batches)) as advance:
-        yield from block_statistics(model, layers, calibration, lambda: advance(1))
-
-
-def _in_file_order(owners: list[PlannedOwner], tensors: dict[str, ReaderTensor]) -> list[PlannedOwner]:
-    position = {name: index for index, name in enumerate(tensors)}
-    return sorted(owners, key=lambda owner: min(position[layer.tensor] for layer in owner.members))
-
-
-def _factor_owner(
-    owner: PlannedOwner, tensors: dict[str, ReaderTensor], H: torch.Tensor | None, options: ConvertOptions
-) -> Factors:
-    W = torch.from_numpy(np.concatenate([read_weight(tensors[layer.tensor]) for layer in owner.members]))
-    try:
-        return factorize(W.to(options.device), H, owner.rank, owner.skip)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{owner.members[0].tensor} cannot be factored: {error}; "
-                        "use more calibration tokens or a lower ratio.") from None
+    if plan.owners:
+        # what was asked; what came out where bytes were asked for
+        by_ratio = options.budget is None and options.bpw is None
+        ratio = options.ratio if by_ratio else _kept(layers, plan)
+        metadata = _metadata(options, layers, compressor.statistics, ratio)
+    else:
+        architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
+        metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
+    total = sum(slot.nbytes for slot in layout.slots())
+    with phase("Factoring" if plan.owners else "Writing", total) as advance:
+        write_file(partial, reader, layout, metadata, compressor, advance=advance)
 
 
 def _metadata(
-    options: ConvertOptions, layers: LayerMap, model: SourceModel, calibration: CalibrationSet | None
+    options: ConvertOptions, layers: LayerMap, statistics: Statistics | None, ratio: float
 ) -> dict[str, tuple[Any, GGUFValueType]]:
+    known = statistics.provenance if statistics else None
     return {
         fmt.KEY_ARCHITECTURE: (fmt.ARCHITECTURE_PREFIX + layers.architecture, GGUFValueType.STRING),
         fmt.KEY_FORMAT_VERSION: (fmt.FORMAT_VERSION, GGUFValueType.UINT32),
         fmt.KEY_RUNTIME_MIN: (fmt.RUNTIME_MIN, GGUFValueType.STRING),
-        fmt.KEY_RATIO: (options.ratio, GGUFValueType.FLOAT32),
+        fmt.KEY_RATIO: (ratio, GGUFValueType.FLOAT32),
         fmt.KEY_METHOD: (options.method.name, GGUFValueType.STRING),
-        fmt.KEY_SOURCE_NAME: (options.source_name or model.name, GGUFValueType.STRING),
-        fmt.KEY_CALIBRATION_SHA256: (calibration.sha256 if calibration else "", GGUFValueType.STRING),
-        fmt.KEY_CALIBRATION_TOKENS: (calibration.tokens if calibration else 0, GGUFValueType.UINT32),
+        fmt.KEY_SOURCE_NAME: (options.source_name or options.source.resolve().name, GGUFValueType.STRING),
+        fmt.KEY_CALIBRATION_SHA256: (known.text_sha256 or "" if known else "", GGUFValueType.STRING),
+        fmt.KEY_CALIBRATION_TOKENS: (known.tokens if known else 0, GGUFValueType.UINT32),
         fmt.KEY_SEED: (options.seed, GGUFValueType.UINT32),
     }

@@ -42,18 +42,25 @@ class PlannedOwner:
         return tuple(layer.m for layer in self.members)
 
 
+# Why a layer stays dense that could be factored.
+WORTH_MORE = "worth more than it costs"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Owners by block, and the layers that stay dense with the reason."""
 
     owners: list[PlannedOwner]
     dense: dict[str, str]
+    loss: float | None = None
+    """Predicted, in the unit of the statistics; None where nobody predicted it."""
 
 
 def plan_uniform(
     groups: list[tuple[Layer, ...]], method: Method, ratio: float, type_: GGMLQuantizationType
 ) -> Plan:
     """The same ratio for every projection: the largest rank on the grid that keeps it (the papers' rule)."""
+    assert method.skip is not None
     owners: list[PlannedOwner] = []
     dense: dict[str, str] = {}
     grid = fmt.rank_grid(type_)

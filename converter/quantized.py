@@ -6,12 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, quants
 
+from skipcat_edge.errors import UserError
 from skipcat_edge.format import factor_type
-from skipcat_edge.runtime.library import quantize, requires_importance
+from skipcat_edge.runtime.library import quantize
 
-from .factorize import Factors
+from .factorize import Factors, refit, whiten
+from .rounding import round_with_feedback, supports_feedback
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How quantised numbers are chosen; what each part adds stands in docs/quality.md."""
+
+    feedback: bool = True
+    """Errors are passed on (GPTQ) instead of rounding every number by itself."""
+    refit: bool = True
+    """B is fitted again to the projection as it was stored."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,10 @@ class QuantizedMatrix:
 
     data: np.ndarray
     type: GGMLQuantizationType
+
+    def dequantized(self) -> torch.Tensor:
+        """What the runtime computes with: float32 [rows, columns]."""
+        return torch.from_numpy(quants.dequantize(self.data, self.type).astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True)
@@ -32,40 +48,59 @@ class QuantizedFactors:
 
 
 def quantize_matrix(
-    W: np.ndarray, type_: GGMLQuantizationType, importance: np.ndarray | None = None
+    W: torch.Tensor, H: torch.Tensor | None, type_: GGMLQuantizationType, feedback: bool = True
 ) -> QuantizedMatrix:
-    """Quantise W: [rows, columns] to `type_`, or to F16 where its rows are not whole blocks."""
+    """Quantise W: [rows, n] to `type_`, or to F16 where its rows are not whole blocks.
+
+    H: [n, n] of the input. Without it every number is rounded by itself; types whose layout
+    `rounding` does not know get H's diagonal as ggml's importances. Raises UserError where a number
+    is not finite, or too large for the type's scales.
+    """
     stored = factor_type(type_, W.shape[1])
-    return QuantizedMatrix(quantize(W, stored, importance), stored)
+    if H is not None and feedback and supports_feedback(stored):
+        if not bool(torch.isfinite(W).all()):
+            raise UserError("A weight is not a finite number; check the model.")
+        try:
+            return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
+        except ValueError as error:
+            raise UserError(f"A weight cannot be stored as {stored.name} ({error}); use --quant F32.") from None
+    plain = H is None or stored in (GGMLQuantizationType.F32, GGMLQuantizationType.F16,
+                                    GGMLQuantizationType.BF16) or (supports_feedback(stored) and not feedback)
+    importance = None if plain or H is None else _numpy(H.diagonal())
+    return QuantizedMatrix(quantize(_numpy(W), stored, importance), stored)
 
 
 def quantize_factors(
-    factors: Factors, H: torch.Tensor | None, outputs: tuple[int, ...], type_: GGMLQuantizationType
+    factors: Factors,
+    W: torch.Tensor,
+    H: torch.Tensor | None,
+    outputs: tuple[int, ...],
+    type_: GGMLQuantizationType,
+    rounding: Rounding,
 ) -> QuantizedFactors:
     """Quantise T: [r, n - r] and B: [m, r], whose rows are stacked members of `outputs` rows each.
 
-    H: [n, n] of their input, for types that need importances.
+    In this order: T with feedback against H_RR, B fitted again to what was stored, B with feedback
+    against A H A^T. W: [m, n] is what the factors stand for, H: [n, n] its input's second moments
+    (None: no calibration, plain rounding).
     """
-    n = factors.T.shape[1] + (0 if factors.skip is None else factors.rank)
-    T_importance = z_importance = None
-    if H is not None and requires_importance(type_):
-        A = factors.projection(n)
-        z_importance = ((A @ H) * A).sum(1)
-        T_importance = H.diagonal()
-    skip = None
+    n = W.shape[1]
+    skip = rest = None
     if factors.skip is not None:
         skip = np.zeros(n, dtype=bool)
         skip[factors.skip.cpu().numpy()] = True
-        if T_importance is not None:
-            T_importance = T_importance[torch.from_numpy(~skip).to(T_importance.device)]
+        rest = torch.from_numpy(np.flatnonzero(~skip)).to(factors.T.device)
+    H_T = H if H is None or rest is None else H[rest][:, rest]
+    T = quantize_matrix(factors.T, H_T, type_, rounding.feedback)
+    B, H_z = factors.B, None
+    if H is not None:
+        A = Factors(T.dequantized().to(H), factors.B, factors.skip, 0.0).projection(n)
+        H_z = A @ H @ A.T
+        if rounding.refit:
+            B = refit(W.to(H), A, whiten(H).L)
+    parts = torch.split(B, list(outputs))
     return QuantizedFactors(
-        quantize_matrix(_numpy(factors.T), type_, None if T_importance is None else _numpy(T_importance)),
-        skip,
-        tuple(
-            quantize_matrix(_numpy(B), type_, None if z_importance is None else _numpy(z_importance))
-            for B in torch.split(factors.B, list(outputs))
-        ),
-    )
+        T, skip, tuple(quantize_matrix(part, H_z, type_, rounding.feedback) for part in parts))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -83,8 +83,9 @@ def _inverse_factor(H: torch.Tensor) -> torch.Tensor:
         L, info = torch.linalg.cholesky_ex(H + extra * eye)
         if not int(info):
             inverse = torch.cholesky_inverse(L)
-            U, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(info):
+                U: torch.Tensor = upper
                 return U
         extra = max(10 * extra, DAMPING * float(H.diagonal().mean()))
 

@@ -160,7 +160,7 @@ def _all_at_once(
             with torch.set_grad_enabled(gradients):
                 output = (run_whole if gradients else run_body)(model, batch)
                 if gradients:
-                    loss_of(model, batch, output, generator).backward()
+                    torch.autograd.backward(loss_of(model, batch, output, generator))
             for _ in range(n_blocks):
                 advance()
     for index in sorted(collectors, reverse=True):
@@ -206,7 +206,8 @@ class _Collector:
     def _output_hook(self, tensor: str) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
         def hook(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda gradient: self._outputs[tensor].add(self._real_rows(gradient)))
+                take = self._outputs[tensor].add
+                output.register_hook(lambda gradient: take(self._real_rows(gradient)))  # type: ignore[no-untyped-call]
 
         return hook
 

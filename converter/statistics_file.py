@@ -35,7 +35,7 @@ class Provenance:
     """What the statistics were taken from; another of any of these gives other statistics."""
 
     source_sha256: str
-    text_sha256: str
+    text_sha256: str | None
     tokens: int
     """Calibration tokens, without special ones of a causal model."""
     seq_len: int | None
@@ -47,7 +47,7 @@ class Provenance:
 
 _WORDS = {
     "source_sha256": "model", "text_sha256": "calibration text", "seq_len": "--seq-len",
-    "calib_tokens": "--calib-tokens", "gradients": "--no-grad", "seed": "--seed",
+    "calib_tokens": "--calib-tokens",
 }
 
 
@@ -79,6 +79,13 @@ class Statistics:
                         output = OutputStatistics(C, mean_weight, shrinkage)
                     statistics[layer.tensor] = LayerStatistics(shared, output)
         return statistics
+
+
+    def largest_shrinkage(self) -> float:
+        """The most that any of the second moments was moved towards its diagonal, in [0, 1]."""
+        with safe_open(self.path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(".shrinkage")]  # noqa: SIM118
+            return max(float(file.get_tensor(name)) for name in names)
 
 
 def write_statistics(
@@ -136,8 +143,12 @@ def write_statistics(
 
 
 def read_statistics(path: Path, expected: Provenance) -> Statistics:
-    """Open the statistics at `path`. Raises UserError, naming what differs, unless they were taken
-    from what `expected` says (its `tokens` is not compared)."""
+    """Open the statistics at `path`.
+
+    Raises UserError, naming what differs, unless they were taken from what `expected` says. A field
+    of `expected` that is None, and its tokens, may be anything; statistics with gradients serve
+    those who need none.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -150,9 +161,13 @@ def read_statistics(path: Path, expected: Provenance) -> Statistics:
         raise UserError(f"{path} does not hold calibration statistics ({first_line(error)}); "
                         "remove it, or name another file with --stats.") from None
     for field, word in _WORDS.items():
-        if getattr(provenance, field) != getattr(expected, field):
+        wanted = getattr(expected, field)
+        if wanted is not None and getattr(provenance, field) != wanted:
             raise UserError(f"{path} holds the statistics of another {word}; "
                             "remove it, or name another file with --stats.")
+    if expected.gradients and not provenance.gradients:
+        raise UserError(f"{path} holds statistics without gradients; pass --no-grad, "
+                        "or remove it so that they are taken.")
     return Statistics(path, provenance, layers)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import (
     GGMLQuantizationType,
     GGUFReader,
@@ -23,8 +24,9 @@ from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.library import requires_importance
 
+from .layers import LayerMap
 from .plan import PlannedOwner
-from .quantized import QuantizedFactors, QuantizedMatrix, quantize_matrix
+from .quantized import QuantizedFactors, quantize_matrix
 
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -58,6 +60,10 @@ class Slot:
     @property
     def nbytes(self) -> int:
         return math.prod(self.byte_shape)
+
+    def padded_bytes(self, alignment: int) -> int:
+        """With what the file pads it to."""
+        return -(-self.nbytes // alignment) * alignment
 
 
 def read_weight(tensor: ReaderTensor) -> np.ndarray:
@@ -142,6 +148,14 @@ def make_layout(reader: GGUFReader, owners: list[PlannedOwner], types: OutputTyp
     return Layout(dense, order, types)
 
 
+def metadata_bytes(reader: GGUFReader, layers: LayerMap) -> int:
+    """At most so many bytes does everything but the tensors' data take in a file made from `reader`."""
+    # per layer at most two more tensors, each with its name, shape, padding and share of a mask
+    linear = sum(len(group) for group in layers.groups)
+    base: int = reader.data_offset
+    return base + linear * (2 * 128 + 2 * int(reader.alignment)) + 1024
+
+
 def block_of(name: str) -> int:
     """Index of the block a tensor is in, -1 outside."""
     in_block = fmt.split_block(name)
@@ -153,10 +167,11 @@ def write_file(
     reader: GGUFReader,
     layout: Layout,
     metadata: Mapping[str, tuple[Any, GGUFValueType]],
-    factors: Iterator[tuple[PlannedOwner, QuantizedFactors]],
+    compress: Callable[[PlannedOwner | Slot], list[np.ndarray] | None],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write `layout` to `path`; `factors` must come in the layout's order of owners.
+    """Write `layout` to `path`. `compress` gives the bytes of an owner (as `factor_data`) or of a
+    dense tensor; None: that tensor is rounded plainly. It is called in the layout's order.
 
     `metadata` replaces and extends the base file's keys. Raises UserError where a weight is
     not finite, OSError where the disk is full.
@@ -171,11 +186,9 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for item in layout.order:
-            if isinstance(item, PlannedOwner):
-                owner, quantized = next(factors)
-                assert owner is item, (owner.name, item.name)
-                arrays = factor_data(quantized)
-            else:
+            arrays = compress(item)
+            if arrays is None:
+                assert isinstance(item, Slot), item
                 arrays = [_dense_data(layout.dense[item.name], item)]
             for array in arrays:
                 writer.write_tensor_data(array)
@@ -191,7 +204,7 @@ def _dense_data(tensor: ReaderTensor, slot: Slot) -> np.ndarray:
             read_weight(tensor)
         return data.view(np.uint8)
     W = read_weight(tensor)
-    matrix: QuantizedMatrix = quantize_matrix(W.reshape(-1, W.shape[-1]), slot.type)
+    matrix = quantize_matrix(torch.from_numpy(W.reshape(-1, W.shape[-1])), None, slot.type)
     assert matrix.type == slot.type
     return matrix.data
 

@@ -15,21 +15,33 @@ from skipcat_edge.errors import UserError
 if TYPE_CHECKING:
     from skipcat_converter.pipeline import ConvertResult
 
-METHODS = ("skipcat", "skip", "cat", "svd-llm", "svd")
+METHODS = ("auto", "skipcat", "skip", "cat", "svd-llm", "svd")
+ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 
 
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="GGUF file to write.")
-@click.option("--ratio", default=0.8, show_default=True,
-              help="Kept share of the linear layers' parameters, above 0; 1 writes a plain dense file.")
+@click.option("--ratio", type=float,
+              help="Kept share of the linear layers' parameters, above 0; 1 writes a plain dense file.  "
+                   "[default: 0.8]")
+@click.option("--budget", metavar="SIZE", help="Size of the whole file instead, for example 480MB.")
+@click.option("--bpw", type=click.FloatRange(0, min_open=True),
+              help="Bits per dense weight of the linear layers instead, for example 3.6.")
 @click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
 @click.option("--head-quant",
               help="ggml type of token embeddings and output head.  [default: as in the base file]")
-@click.option("--method", default="skipcat", show_default=True, type=click.Choice(METHODS),
-              help="Shared projections and skipped blocks (skipcat), or a part of it for comparison.")
+@click.option("--method", default="auto", show_default=True, type=click.Choice(METHODS),
+              help="auto chooses ranks and forms by their predicted loss; the others are published methods.")
+@click.option("--allocation", type=click.Choice(ALLOCATIONS),
+              help="How ranks are chosen.  [default: loss for auto, uniform for the others]")
+@click.option("--rounding", default="feedback", show_default=True, type=click.Choice(["feedback", "plain"]),
+              help="Whether quantisation passes its errors on.")
 @click.option("--calibration", type=click.Path(path_type=Path),
               help="Text file that shows which inputs matter.")
+@click.option("--stats", type=click.Path(path_type=Path),
+              help="Keep the calibration's statistics in this file; where it exists, nothing is run.")
+@click.option("--no-grad", is_flag=True, help="Calibrate without gradients: faster, and worse.")
 @click.option("--calib-tokens", type=click.IntRange(1), help="Tokens to read.  [default: up to 65,536]")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per calibration window.  [default: 256]")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
@@ -42,11 +54,17 @@ METHODS = ("skipcat", "skip", "cat", "svd-llm", "svd")
 def command(
     source: str,
     output: Path,
-    ratio: float,
+    ratio: float | None,
+    budget: str | None,
+    bpw: float | None,
     quant: str,
     head_quant: str | None,
     method: str,
+    allocation: str | None,
+    rounding: str,
     calibration: Path | None,
+    stats: Path | None,
+    no_grad: bool,
     calib_tokens: int | None,
     seq_len: int | None,
     device: str,
@@ -58,21 +76,33 @@ def command(
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
     from skipcat_edge.output import check_output
     from skipcat_edge.ranks import check_ratio
+    from skipcat_edge.sizes import parse_size
     from skipcat_edge.weight_types import weight_type
 
+    if sum(given is not None for given in (ratio, budget, bpw)) > 1:
+        raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
+    ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
-    linear = weight_type(quant, have_importance=ratio < 1 and method != "svd")
+    size = None if budget is None else parse_size(budget)
+    low_rank = ratio < 1 or budget is not None or bpw is not None
+    linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
     _require_extra()
     from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS as KNOWN
     from skipcat_converter.pipeline import ConvertOptions, convert
+    from skipcat_converter.quantized import Rounding
     from skipcat_converter.source_model import resolve_source
     from skipcat_converter.writer import OutputTypes
 
-    if ratio < 1:
+    if low_rank and not (stats is not None and stats.exists()):
         require_calibration(KNOWN[method], calibration)
+    if stats is not None and not stats.exists():
+        check_output(stats, force=False)
+    if no_grad and KNOWN[method].two_sided and low_rank:
+        click.echo("Without gradients the ranks follow each layer's own error, not the model's loss: "
+                   "expect about the quality that half the saving would cost with them.", err=True)
     from skipcat_edge.gguf_file import open_gguf
     from skipcat_edge.runtime.library import load_library
     from skipcat_edge.runtime.source import stock_tree
@@ -82,7 +112,9 @@ def command(
     if base is not None:
         open_gguf(base)
     options = ConvertOptions(
-        source=directory, output=output, method=KNOWN[method], ratio=ratio,
+        source=directory, output=output, method=KNOWN[method], ratio=ratio, budget=size, bpw=bpw,
+        allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
+        gradients=not no_grad,
         types=OutputTypes(linear, head), tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else source,
         calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
@@ -90,7 +122,7 @@ def command(
     )
     with _phases() as phase:
         result = convert(options, phase)
-    _report(output, ratio, result)
+    _report(output, result)
 
 
 def _require_extra() -> None:
@@ -117,19 +149,22 @@ def _phases() -> Iterator[Callable[[str, float], object]]:
         yield phase
 
 
-def _report(output: Path, ratio: float, result: ConvertResult) -> None:
+def _report(output: Path, result: ConvertResult) -> None:
     from skipcat_edge.terminal import decimal_bytes
 
     click.echo(f"{output}: {decimal_bytes(result.output_bytes)}")
     if result.owners:
-        kept = sum(report.owner.parameters for report in result.owners)
-        dense = sum(report.owner.dense_parameters for report in result.owners)
         worst = max(result.owners, key=lambda report: report.error)
-        click.echo(f"{len(result.owners)} projections keep {kept / dense:.3f} of their parameters "
-                   f"(asked: {ratio:g}), calibrated on {result.calibration_tokens:,} tokens")
+        click.echo(f"the linear layers keep {result.kept:.4f} of their parameters, in "
+                   f"{len(result.owners)} low-rank projections")
         click.echo(f"largest relative error of a projection: {worst.error:.4f} "
                    f"(block {worst.owner.block} {worst.owner.name}); "
                    f"largest |T|: {max(report.largest_t for report in result.owners):.2f}")
+    if result.calibration_tokens:
+        click.echo(f"calibrated on {result.calibration_tokens:,} tokens; second moments moved towards their "
+                   f"diagonal by up to {result.shrinkage:.1%}, as their noise asks for")
+    for tensor, damping in result.damped.items():
+        click.echo(f"{tensor}: its inputs' second moments are singular; damped by {damping:g} of their mean")
     by_reason: dict[str, list[str]] = {}
     for tensor, reason in result.dense.items():
         by_reason.setdefault(reason, []).append(tensor)

@@ -59,8 +59,9 @@ def quantize(
 ) -> np.ndarray:
     """Quantise `data`: float32 [rows, columns] with ggml_quantize_chunk: uint8 [rows, row bytes].
 
-    `importance`: float32 [columns], E[x_j^2] of the input, for ggml's search of scales. Raises UserError if such a type gets none, or if a number in
-    `data` is not finite; ValueError if `columns` is not a multiple of the block.
+    `importance`: float32 [columns], E[x_j^2] of the input, for ggml's search of scales. Raises
+    UserError if a type that needs them gets none, or if a number in `data` is not finite; ValueError
+    if `columns` is not a multiple of the block.
     """
     rows, columns = data.shape
     if columns % block_size(type_):

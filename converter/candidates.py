@@ -1,0 +1,188 @@
+"""What allocation chooses from: for every group, who may share a projection, and what that costs in loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from skipcat_edge import format as fmt
+
+from .factorize import Decomposition, Factors, Method, decompose, factorize, refit, spectrum, whiten
+from .layers import Layer
+from .quantized import Rounding, quantize_matrix
+from .statistics import BlockStatistics
+
+# From this many bits on, rounding with feedback costs too little to choose by.
+_EXACT_BITS = 8.0
+# Ranks at which rounding is tried, as shares of the largest rank that saves anything.
+_TRIED = (0.5, 1.0)
+
+Form = bool | None
+"""How a candidate is stored: True with Skip, False without, None dense."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Layers that may share one projection, and what it loses."""
+
+    members: tuple[Layer, ...]
+    spectrum: np.ndarray
+    """Squared singular values, descending: dropping one costs its value in loss."""
+    rounding: Mapping[Form, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """Measured loss by rounding: (ranks, losses); forms that are not there lose nothing."""
+
+    @property
+    def m(self) -> int:
+        return sum(layer.m for layer in self.members)
+
+    @property
+    def n(self) -> int:
+        return self.members[0].n
+
+    def losses(self, ranks: np.ndarray, form: Form) -> np.ndarray:
+        """Predicted loss at each of `ranks` (dense: whatever the rank)."""
+        tail = np.concatenate([np.cumsum(self.spectrum[::-1])[::-1], [0.0]])
+        cut = np.zeros(len(ranks)) if form is None else tail[np.minimum(ranks, len(tail) - 1)]
+        if form not in self.rounding:
+            return cut
+        tried, losses = self.rounding[form]
+        rounded: np.ndarray = cut + np.interp(ranks, tried, losses)
+        return rounded
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The layers of one owner to be, stacked along their outputs, with their statistics."""
+
+    W: torch.Tensor
+    """[m, n]"""
+    C: torch.Tensor
+    """[k, n], with C^T C = W^T G W; W itself where no gradient counts."""
+    H: torch.Tensor | None
+    """[n, n]"""
+    L: torch.Tensor | None
+    """[n, n], H's whitening; None: the inputs do not count."""
+    damping: float
+    weights: torch.Tensor
+    """[m], the mean of each layer's diagonal of G; ones where no gradient counts."""
+
+    def decomposition(self) -> Decomposition:
+        return decompose(self.C, self.L)
+
+    def spectrum(self) -> torch.Tensor:
+        return spectrum(self.C, self.L)
+
+
+def problem(
+    members: Sequence[Layer], weights: Mapping[str, torch.Tensor], statistics: BlockStatistics, method: Method
+) -> Problem:
+    """Stack `members`, whose W are in `weights` by tensor name, for `method`."""
+    W = torch.cat([weights[layer.tensor] for layer in members]).double()
+    ones = torch.ones(len(W), dtype=torch.float64, device=W.device)
+    if not statistics:
+        return Problem(W, W, None, None, 0.0, ones)
+    entries = [statistics[layer.tensor] for layer in members]
+    H = entries[0].input.H.to(W)
+    whitening = whiten(H) if method.whiten else None
+    L, damping = (None, 0.0) if whitening is None else (whitening.L, whitening.damping)
+    outputs = [entry.output for entry in entries]
+    if not method.two_sided or any(output is None for output in outputs):
+        return Problem(W, W, H, L, damping, ones)
+    C = torch.cat([output.C.to(W) for output in outputs if output is not None])
+    means = [
+        torch.full((layer.m,), output.mean_weight, dtype=torch.float64, device=W.device)
+        for layer, output in zip(members, outputs, strict=True) if output is not None
+    ]
+    return Problem(W, C, H, L, damping, torch.cat(means))
+
+
+def alternatives(group: tuple[Layer, ...], share: bool | None) -> Iterator[list[tuple[Layer, ...]]]:
+    """Ways to give the layers of a group projections: all together (Cat), each its own, or both."""
+    if share is not False and len(group) > 1:
+        yield [group]
+    if not share or len(group) == 1:
+        yield [(layer,) for layer in group]
+
+
+def measure(
+    owner: Problem, members: tuple[Layer, ...], type_: GGMLQuantizationType, method: Method, rounding: Rounding
+) -> Candidate:
+    """The candidate of `members`: its spectrum, and what rounding to `type_` costs in each form.
+
+    Without gradients the losses of different layers are not in one unit; they are then shares of
+    the loss of W = 0.
+    """
+    decomposition = owner.decomposition()
+    values = decomposition.values
+    total = float(values.sum())
+    gradients = owner.C is not owner.W
+    unit = 1.0 if gradients or total == 0 else 1 / total
+    losses: dict[Form, tuple[np.ndarray, np.ndarray]] = {}
+    if bits(type_) < _EXACT_BITS and owner.H is not None:
+        losses[None] = np.zeros(1), np.array([_dense_loss(owner, type_, rounding) * unit])
+        for skip in (False, True) if method.skip is None else (method.skip,):
+            ranks = _tried_ranks(owner, fmt.rank_grid(type_), skip)
+            if ranks:
+                tried = [_rounding_loss(owner, decomposition, rank, skip, type_, rounding) for rank in ranks]
+                losses[skip] = np.array([0, *ranks], float), np.array([0.0, *tried]) * unit
+    return Candidate(members, values.cpu().numpy() * unit, losses)
+
+
+def bits(type_: GGMLQuantizationType) -> float:
+    """Bits per element of `type_`."""
+    return 8 * fmt.tensor_bytes(type_, 1, 256 * 32) / (256 * 32)
+
+
+def _tried_ranks(owner: Problem, grid: int, skip: bool) -> list[int]:
+    m, n = owner.W.shape
+    saving = [
+        rank for rank in range(grid, min(m, n - 1 if skip else n) + 1, grid)
+        if fmt.factor_parameters(m, n, rank, skip) < m * n
+    ]
+    return sorted({saving[round(share * (len(saving) - 1))] for share in _TRIED}) if saving else []
+
+
+def _rounding_loss(
+    owner: Problem, decomposition: Decomposition, rank: int, skip: bool, type_: GGMLQuantizationType,
+    rounding: Rounding,
+) -> float:
+    """Loss of the stored factors beyond that of exact ones.
+
+    Rounding A is seen in full, as B is fitted to it: W - B A = W (I - X A), so that C stands in for
+    G. Rounding B leaves noise that G's mean weighs.
+    """
+    factors = factorize(owner.W, decomposition, rank, skip)
+    H = owner.H
+    assert H is not None
+    n = owner.W.shape[1]
+    rest = None
+    if factors.skip is not None:
+        keep = torch.ones(n, dtype=torch.bool, device=H.device)
+        keep[factors.skip] = False
+        rest = keep.nonzero()[:, 0]
+    H_T = H if rest is None else H[rest][:, rest]
+    T = quantize_matrix(factors.T, H_T, type_, rounding.feedback).dequantized().to(H)
+    A = Factors(T, factors.B, factors.skip, 0.0).projection(n)
+    fitted = refit(owner.C, A, owner.L) @ A
+    cut = _squares(owner.C - fitted, owner.L)
+    B = refit(owner.W, A, owner.L)
+    H_z = A @ H @ A.T
+    noise = B - quantize_matrix(B, H_z, type_, rounding.feedback).dequantized().to(H)
+    exact = float(decomposition.values[rank:].sum())
+    return max(0.0, cut - exact) + float(((noise @ H_z * noise).sum(1) * owner.weights).sum())
+
+
+def _dense_loss(owner: Problem, type_: GGMLQuantizationType, rounding: Rounding) -> float:
+    H = owner.H
+    assert H is not None
+    noise = owner.W - quantize_matrix(owner.W, H, type_, rounding.feedback).dequantized().to(H)
+    return float(((noise @ H * noise).sum(1) * owner.weights).sum())
+
+
+def _squares(E: torch.Tensor, L: torch.Tensor | None) -> float:
+    """|E L|^2"""
+    return float((E if L is None else E @ L).square().sum())

@@ -1,0 +1,173 @@
+"""The allocation stage: statistics and a budget in, the plan of ranks and forms out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from gguf import GGMLQuantizationType
+
+from skipcat_edge import format as fmt
+from skipcat_edge.errors import UserError
+
+from .allocation import BudgetError, Cost, Groups, allocate
+from .candidates import Candidate, Form, alternatives, measure, problem
+from .factorize import Method
+from .layers import Layer, LayerMap
+from .named_allocations import RULES, allocate_by_rule
+from .plan import Plan, PlannedOwner
+from .quantized import Rounding
+from .statistics import BlockStatistics
+from .writer import factor_slots
+
+ALLOCATIONS = ("loss", *RULES)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the linear layers may become."""
+
+    kind: Literal["ratio", "bpw", "file"]
+    """`ratio`: kept parameters over dense ones. `bpw`: bits per dense weight. `file`: bytes of the file."""
+    value: float
+    fixed_bytes: int = 0
+    """Of a file: what is no linear layer that can be factored."""
+
+    def __str__(self) -> str:
+        words = {"ratio": "a ratio of {:g}", "bpw": "{:g} bits per weight", "file": "a budget of {:,.0f} bytes"}
+        return words[self.kind].format(self.value)
+
+
+def measure_groups(
+    layers: LayerMap,
+    weights: Callable[[int], Mapping[str, torch.Tensor]],
+    statistics: Callable[[int], BlockStatistics],
+    type_: GGMLQuantizationType,
+    method: Method,
+    rounding: Rounding,
+    advance: Callable[[], None] = lambda: None,
+) -> Groups:
+    """Every group's alternatives with their predicted losses, block by block.
+
+    `weights` and `statistics` give those of one block. `advance` is called after each group. The
+    result serves any budget.
+    """
+    groups: list[list[list[Candidate]]] = []
+    for block in sorted({group[0].index for group in layers.groups}):
+        W, entries = weights(block), statistics(block)
+        for group in (group for group in layers.groups if group[0].index == block):
+            groups.append([
+                [
+                    measure(problem(members, W, entries, method), members, type_, method, rounding)
+                    for members in alternative
+                ]
+                for alternative in alternatives(group, method.share)
+            ])
+            advance()
+    return groups
+
+
+def make_plan(
+    groups: Groups, method: Method, allocation: str, budget: Budget, type_: GGMLQuantizationType
+) -> Plan:
+    """Ranks and forms of least predicted loss, or by the rule that `allocation` names.
+
+    Raises UserError if the budget is below the lowest cost.
+    """
+    layers = [layer for group in groups for candidate in group[-1] for layer in candidate.members]
+    cost, total = cost_of(budget, layers, type_)
+    grid = fmt.rank_grid(type_)
+    try:
+        if allocation == "loss":
+            return allocate(groups, total, cost, grid, method.skip)
+        if allocation == "uniform" and None in (method.share, method.skip):
+            return _each_group(groups, total / cost_of_all(layers, cost), cost, grid, method.skip)
+        skip = method.skip if method.skip is not None else type_ in _WIDE
+        candidates = [candidate for group in groups for candidate in group[0 if method.share else -1]]
+        return allocate_by_rule(candidates, RULES[allocation], total, cost, grid, skip)
+    except BudgetError as error:
+        raise UserError(
+            f"{str(budget).capitalize()} is too little: with the lowest ranks on the grid of {grid}, "
+            f"{_least(budget, error.least, layers)} is the smallest possible; "
+            "raise it, or choose a --quant with a smaller block."
+        ) from None
+
+
+def cost_of(
+    budget: Budget, layers: Sequence[Layer], type_: GGMLQuantizationType
+) -> tuple[Cost, float]:
+    """The cost that `budget` limits, and its limit for `layers`."""
+    parameters_of_all = sum(layer.m * layer.n for layer in layers)
+    if budget.kind == "file":
+        return _bytes_cost(type_), budget.value - budget.fixed_bytes
+    if budget.kind == "bpw":
+        return _bytes_cost(type_), budget.value / 8 * parameters_of_all
+    # a ratio counts parameters; one that would be stored wider than the dense layer's costs as many more
+    nbytes = _bytes_cost(type_)
+
+    def parameters(members: Sequence[Layer], rank: int, form: Form) -> float:
+        dense = sum(layer.m * layer.n for layer in members)
+        if form is None:
+            return dense
+        m, n = sum(layer.m for layer in members), members[0].n
+        own = fmt.factor_parameters(m, n, rank, form)
+        if n % fmt.block_size(type_) == 0 and (n - rank) % fmt.block_size(type_) and form:
+            return max(own, nbytes(members, rank, form) / nbytes(members, 0, None) * dense)
+        return own
+
+    return parameters, budget.value * parameters_of_all
+
+
+def cost_of_all(layers: Sequence[Layer], cost: Cost) -> float:
+    """What `layers` cost where all stay dense."""
+    return sum(cost((layer,), 0, None) for layer in layers)
+
+
+def _bytes_cost(type_: GGMLQuantizationType) -> Cost:
+    def nbytes(members: Sequence[Layer], rank: int, form: Form) -> float:
+        if form is None:
+            return sum(
+                fmt.tensor_bytes(fmt.factor_type(type_, layer.n), layer.m, layer.n) for layer in members)
+        owner = PlannedOwner(tuple(members), rank, form)
+        return sum(slot.nbytes for slot in factor_slots(owner, type_))
+
+    return nbytes
+
+
+def _each_group(groups: Groups, share: float, cost: Cost, grid: int, skip: bool | None) -> Plan:
+    """The same share of its dense cost for every group, whose best form is chosen."""
+    plans = []
+    for group in groups:
+        layers = [layer for candidate in group[-1] for layer in candidate.members]
+        try:
+            plans.append(allocate([group], share * cost_of_all(layers, cost), cost, grid, skip))
+        except BudgetError:
+            reason = f"no rank on the grid of {grid} keeps {share:.3g} of it"
+            plans.append(Plan([], {layer.tensor: reason for layer in layers}, 0.0))
+    return Plan([owner for plan in plans for owner in plan.owners],
+                {name: reason for plan in plans for name, reason in plan.dense.items()},
+                sum(plan.loss or 0.0 for plan in plans))
+
+
+def _least(budget: Budget, least: float, layers: Sequence[Layer]) -> str:
+    parameters = sum(layer.m * layer.n for layer in layers)
+    if budget.kind == "ratio":
+        return f"{least / parameters:.4f}"
+    if budget.kind == "bpw":
+        return f"{8 * least / parameters:.3f}"
+    return f"{least + budget.fixed_bytes:,.0f} bytes"
+
+
+_WIDE = frozenset({
+    GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0,
+})  # fmt: skip
+
+
+def plans_for_ratios(
+    groups: Groups, method: Method, ratios: Sequence[float], type_: GGMLQuantizationType
+) -> Iterator[tuple[float, Plan]]:
+    """One plan for each of `ratios`, from the same measurements."""
+    for ratio in ratios:
+        yield ratio, make_plan(groups, method, "loss", Budget("ratio", ratio), type_)
