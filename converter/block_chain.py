@@ -51,10 +51,11 @@ class BlockChain:
             run_body(self.model, batch)
         return Recorded(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 
-    def run(self, index: int, hidden: torch.Tensor, recorded: Recorded) -> torch.Tensor:
-        """Hidden states after block `index`."""
+    def run(self, index: int, hidden: torch.Tensor, recorded: Recorded,
+            block: torch.nn.Module | None = None) -> torch.Tensor:
+        """Hidden states after block `index`, or after `block` in its place."""
         args, kwargs = recorded.arguments[index]
-        return _first(self.blocks[index](hidden, *args, **kwargs))
+        return _first((block or self.blocks[index])(hidden, *args, **kwargs))
 
     def output_of(self, batch: Batch, hidden: torch.Tensor, run: Callable[[Batch], Any]) -> Any:
         """What `run` (a forward pass of the model) returns where the last block gave `hidden`."""

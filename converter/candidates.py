@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 
 from skipcat_edge import format as fmt
 
+from .compensation import CompressedInput
 from .factorize import Decomposition, Factors, Method, decompose, factorize, refit, spectrum, whiten
 from .layers import Layer
 from .quantized import Rounding, quantize_matrix
@@ -78,21 +79,33 @@ class Problem:
 
 
 def problem(
-    members: Sequence[Layer], weights: Mapping[str, torch.Tensor], statistics: BlockStatistics, method: Method
+    members: Sequence[Layer],
+    weights: Mapping[str, torch.Tensor],
+    statistics: BlockStatistics,
+    method: Method,
+    compressed: CompressedInput | None = None,
 ) -> Problem:
-    """Stack `members`, whose W are in `weights` by tensor name, for `method`."""
+    """Stack `members`, whose W are in `weights` by tensor name, for `method`.
+
+    `compressed`: what they read in the compressed model, in place of the dense model's H.
+    """
     W = torch.cat([weights[layer.tensor] for layer in members]).double()
     ones = torch.ones(len(W), dtype=torch.float64, device=W.device)
     if not statistics:
         return Problem(W, W, None, None, 0.0, ones)
     entries = [statistics[layer.tensor] for layer in members]
-    H = entries[0].input.H.to(W)
+    H, M = entries[0].input.H.to(W), None
+    if compressed is not None:
+        H, M = compressed.H.to(W), compressed.M.to(W)
+        W = W @ M
     whitening = whiten(H) if method.whiten else None
     L, damping = (None, 0.0) if whitening is None else (whitening.L, whitening.damping)
     outputs = [entry.output for entry in entries]
     if not method.two_sided or any(output is None for output in outputs):
         return Problem(W, W, H, L, damping, ones)
     C = torch.cat([output.C.to(W) for output in outputs if output is not None])
+    if M is not None:
+        C = C @ M
     means = [
         torch.full((layer.m,), output.mean_weight, dtype=torch.float64, device=W.device)
         for layer, output in zip(members, outputs, strict=True) if output is not None
@@ -109,7 +122,11 @@ def alternatives(group: tuple[Layer, ...], share: bool | None) -> Iterator[list[
 
 
 def measure(
-    owner: Problem, members: tuple[Layer, ...], type_: GGMLQuantizationType, method: Method, rounding: Rounding
+    owner: Problem,
+    members: tuple[Layer, ...],
+    type_: GGMLQuantizationType,
+    method: Method,
+    rounding: Rounding,
 ) -> Candidate:
     """The candidate of `members`: its spectrum, and what rounding to `type_` costs in each form.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,14 +11,15 @@ from gguf import GGUFReader, ReaderTensor
 
 from skipcat_edge.errors import UserError
 
-from .candidates import Problem, problem
+from .candidates import problem
+from .compensation import Compensation, CompressedInput
 from .factorize import DAMPING, Method, factorize
 from .layers import Layer
 from .plan import PlannedOwner
 from .quantized import Rounding, quantize_factors, quantize_matrix
 from .statistics import BlockStatistics
 from .statistics_file import Statistics
-from .writer import OutputTypes, Slot, factor_data, read_weight
+from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
 
 
 @dataclass(frozen=True)
@@ -50,53 +51,77 @@ class Weights:
     def block(self, index: int) -> dict[str, torch.Tensor]:
         """All of one block, by tensor name. Raises UserError where one is not finite."""
         if self._block != index:
-            self._cached = {
-                name: torch.from_numpy(np.require(read_weight(self.tensors[name]), requirements="W")).to(self.device)
-                for name, layer in self.layers.items() if layer.index == index
-            }
+            names = [name for name, layer in self.layers.items() if layer.index == index]
+            arrays = {name: np.require(read_weight(self.tensors[name]), requirements="W") for name in names}
+            self._cached = {name: torch.from_numpy(W).to(self.device) for name, W in arrays.items()}
             self._block = index
         return self._cached
 
 
 @dataclass
 class Compressor:
-    """Gives the writer the bytes of everything that statistics say something about."""
+    """Gives the writer the bytes of everything that statistics say something about.
+
+    A block is done at once, group after group as its forward pass goes, because a group's input
+    depends on what the ones before it lost.
+    """
 
     weights: Weights
     statistics: Statistics | None
     method: Method
     types: OutputTypes
     rounding: Rounding
+    groups: list[tuple[Layer, ...]] = field(default_factory=list)
+    compensation: Compensation | None = None
     reports: list[OwnerReport] = field(default_factory=list)
     damped: dict[str, float] = field(default_factory=dict)
     """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
+    _entries: tuple[int, BlockStatistics] = field(default_factory=lambda: (-1, {}))
+    _done: dict[str, list[np.ndarray]] = field(default_factory=dict)
     _block: int = -1
-    _entries: BlockStatistics = field(default_factory=dict)
-
-    def __call__(self, item: PlannedOwner | Slot) -> list[np.ndarray] | None:
-        """Bytes of an owner's tensors or of one dense layer; None for what is rounded plainly."""
-        if isinstance(item, PlannedOwner):
-            return self._owner(item)
-        layer = self.weights.layers.get(item.name)
-        if layer is None or self.statistics is None or item.type == self.weights.tensors[item.name].tensor_type:
-            return None
-        H = self.entries(layer.index)[layer.tensor].input.H
-        W = self.weights.block(layer.index)[layer.tensor]
-        matrix = quantize_matrix(W, H.to(W.device), item.type, self.rounding.feedback)
-        assert matrix.type == item.type, (item.name, matrix.type, item.type)
-        return [matrix.data]
 
     def entries(self, block: int) -> BlockStatistics:
         """One block's statistics, kept until another block's are asked for."""
-        if self.statistics is not None and self._block != block:
-            self._entries = self.statistics.block(block)
-            self._block = block
-        return self._entries
+        if self.statistics is not None and self._entries[0] != block:
+            self._entries = block, self.statistics.block(block)
+        return self._entries[1]
 
-    def _owner(self, owner: PlannedOwner) -> list[np.ndarray]:
+    def compress(self, layout: Layout) -> Callable[[PlannedOwner | Slot], list[np.ndarray] | None]:
+        """What `write_file` asks for an item's bytes; None: it is rounded plainly."""
+        owners = [item for item in layout.order if isinstance(item, PlannedOwner)]
+        owner_of = {layer.tensor: owner for owner in owners for layer in owner.members}
+        slots = {item.name: item for item in layout.order if isinstance(item, Slot)}
+
+        def ask(item: PlannedOwner | Slot) -> list[np.ndarray] | None:
+            name = item.members[0].tensor if isinstance(item, PlannedOwner) else item.name
+            layer = self.weights.layers.get(name)
+            if layer is None:
+                return None
+            if layer.index != self._block:
+                self._block, self._done = layer.index, {}
+                for group in (group for group in self.groups if group[0].index == layer.index):
+                    self._compress_group(group, owner_of, slots)
+            return self._done.pop(name, None)
+
+        return ask
+
+    def _compress_group(
+        self, group: tuple[Layer, ...], owner_of: Mapping[str, PlannedOwner], slots: Mapping[str, Slot]
+    ) -> None:
+        compressed = None if self.compensation is None else self.compensation.input_of(group)
+        for layer in group:
+            owner = owner_of.get(layer.tensor)
+            if owner is None:
+                self._dense(layer, slots[layer.tensor], compressed)
+            elif owner.members[0] == layer:
+                self._owner(owner, compressed)
+
+    def _owner(self, owner: PlannedOwner, compressed: CompressedInput | None) -> None:
         first = owner.members[0]
-        own = problem(owner.members, self.weights.block(first.index), self.entries(first.index), self.method)
-        self._note_damping(own, first)
+        W = self.weights.block(first.index)
+        own = problem(owner.members, W, self.entries(first.index), self.method, compressed)
+        if own.damping > DAMPING:
+            self.damped[first.tensor] = own.damping
         try:
             factors = factorize(own.W, own.decomposition(), owner.rank, owner.skip)
             # without whitening nothing of the statistics enters: the baseline of plain SVD
@@ -106,9 +131,22 @@ class Compressor:
             raise UserError(f"{first.tensor} cannot be factored: {error}; "
                             "use more calibration tokens or a lower ratio.") from None
         self.reports.append(OwnerReport(owner, factors.error, float(factors.T.abs().max())))
-        return factor_data(quantized)
+        self._done[first.tensor] = factor_data(quantized)
+        if self.compensation is not None:
+            for layer, stored in zip(owner.members, quantized.multiplied_out(), strict=True):
+                self.compensation.install(layer, W[layer.tensor], stored)
 
-    def _note_damping(self, own: Problem, first: Layer) -> None:
-        if own.damping > DAMPING:
-            self.damped[first.tensor] = own.damping
-
+    def _dense(self, layer: Layer, slot: Slot, compressed: CompressedInput | None) -> None:
+        if self.statistics is None:
+            return
+        W = self.weights.block(layer.index)[layer.tensor]
+        base_type = self.weights.tensors[layer.tensor].tensor_type
+        if compressed is None and slot.type == base_type:
+            return
+        H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H
+        target = W if compressed is None else (W.double() @ compressed.M.to(W.device)).float()
+        matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding.feedback)
+        assert matrix.type == slot.type, (slot.name, matrix.type, slot.type)
+        self._done[layer.tensor] = [matrix.data]
+        if self.compensation is not None:
+            self.compensation.install(layer, W, matrix.dequantized())

@@ -30,13 +30,15 @@ class Method:
     """Cat: one projection for all layers that read the same input."""
     skip: bool | None
     allocation: str
-    """How ranks are chosen unless the user says: a key of allocation.ALLOCATIONS."""
+    """How ranks are chosen unless the user says: one of planning.ALLOCATIONS."""
+    compensate: bool = False
+    """Later layers make up for what earlier ones lost."""
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("auto", True, True, None, None, "loss"),
+        Method("auto", True, True, None, None, "loss", compensate=True),
         Method("skipcat", True, False, True, True, "uniform"),
         Method("skip", True, False, False, True, "uniform"),
         Method("cat", True, False, True, False, "uniform"),

@@ -140,11 +140,23 @@ def keeps_input_order(W: np.ndarray, weight: torch.Tensor) -> bool:
     return bool((found - expected).norm() <= 0.2 * expected.norm())
 
 
-def linear_weight(module: torch.nn.Module, layer: Layer) -> torch.Tensor | None:
-    """The module's weight as W: [m, n]; None where the module is not the layer alone (fused)."""
+def stored_transposed(module: torch.nn.Module, layer: Layer) -> bool | None:
+    """Whether the module keeps W: [m, n] as [n, m] (GPT-2's Conv1D does); None where the module is not
+    the layer alone (fused)."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    for W in (weight, weight.T) if isinstance(module, torch.nn.Linear) else (weight.T, weight):
-        if tuple(W.shape) == (layer.m, layer.n):
-            return W.detach().float()
+    linear = isinstance(module, torch.nn.Linear)
+    for transposed in (not linear, linear):
+        if tuple(weight.shape) == ((layer.n, layer.m) if transposed else (layer.m, layer.n)):
+            return transposed
     return None
+
+
+def linear_weight(module: torch.nn.Module, layer: Layer) -> torch.Tensor | None:
+    """The module's weight as W: [m, n], float32; None where the module is not the layer alone."""
+    transposed = stored_transposed(module, layer)
+    if transposed is None:
+        return None
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return (weight.T if transposed else weight).detach().float()

@@ -17,7 +17,8 @@ from skipcat_edge.output import atomic_output
 
 from .base_gguf import write_base
 from .calibrate import CalibrationOptions, Phase, checked_layers, load_model, obtain_statistics
-from .calibration import require_calibration
+from .calibration import load_calibration, require_calibration
+from .compensation import Compensation, open_compensation
 from .compression import Compressor, OwnerReport, Weights
 from .factorize import Method
 from .layers import LayerMap, map_layers
@@ -48,7 +49,7 @@ class ConvertOptions:
     """Bits per dense weight of the linear layers."""
     allocation: str | None = None
     """None: the method's own."""
-    rounding: Rounding = Rounding()
+    rounding: Rounding = field(default_factory=Rounding)
     source_name: str | None = None
     """Of a model from the hub; a directory's own name otherwise."""
     base: Path | None = None
@@ -56,6 +57,7 @@ class ConvertOptions:
     stats: Path | None = None
     """Where statistics are kept."""
     gradients: bool = True
+    compensate: bool = True
     calib_tokens: int | None = None
     seq_len: int | None = None
     device: str = "cpu"
@@ -66,6 +68,11 @@ class ConvertOptions:
     def dense(self) -> bool:
         """A plain GGUF was asked for."""
         return self.budget is None and self.bpw is None and self.ratio == 1.0
+
+    @property
+    def compensated(self) -> bool:
+        """Later layers make up for earlier ones; that runs the model on the text."""
+        return self.compensate and self.calibration is not None and self.method.compensate
 
     @property
     def calibrated(self) -> bool:
@@ -84,6 +91,8 @@ class ConvertResult:
     kept: float = 1.0
     """Stored over dense parameters of the layers that could be factored."""
     calibration_tokens: int = 0
+    not_compensated: str = ""
+    """Why errors could not be compensated across layers, where that was asked for."""
     shrinkage: float = 0.0
     """The most that any second moments were moved towards their diagonal, in [0, 1]."""
     damped: dict[str, float] = field(default_factory=dict)
@@ -113,12 +122,15 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
             layers = checked_layers(reader, map_layers(reader, model.module, options.tree), model)
         else:
             layers = LayerMap(str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE)), [], {})
-        del model
         weights = Weights.of(reader, layers.groups, options.device)
-        compressor = Compressor(weights, statistics, options.method, options.types, options.rounding)
+        compressor = Compressor(weights, statistics, options.method, options.types, options.rounding,
+                                layers.groups)
         plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         result.kept = _kept(layers, plan)
+        if options.compensated and layers.groups:
+            compressor.compensation, result.not_compensated = _compensation(
+                options, layers, weights.block(layers.groups[0][0].index), model, phase)
         _write(options, reader, layers, plan, compressor, partial, phase)
         result.owners, result.damped = compressor.reports, compressor.damped
         result.output_bytes = partial.stat().st_size
@@ -131,7 +143,7 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
 def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
     """The source model where it will be needed, before the base file, which takes longer: most of a
     user's mistakes show here."""
-    if options.stats is not None and options.stats.exists():
+    if options.stats is not None and options.stats.exists() and not options.compensated:
         return None
     if options.dense and options.calibration is None:
         return None
@@ -176,6 +188,18 @@ def _make_base(options: ConvertOptions, scratch: Path, phase: Phase) -> Path:
         write_base(options.source, out, out_type, options.tree, options.source_name, to)
         to(100)
     return out
+
+
+def _compensation(
+    options: ConvertOptions, layers: LayerMap, weights: dict[str, torch.Tensor],
+    model: SourceModel | None, phase: Phase,
+) -> tuple[Compensation | None, str]:
+    assert options.calibration is not None and model is not None
+    with phase("Reading the text", 1) as advance:
+        calibration = load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
+        found = open_compensation(model, layers, calibration, weights)
+        advance(1)
+    return (None, found) if isinstance(found, str) else (found, "")
 
 
 def _plan(
@@ -235,7 +259,7 @@ def _write(
         metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
     total = sum(slot.nbytes for slot in layout.slots())
     with phase("Factoring" if plan.owners else "Writing", total) as advance:
-        write_file(partial, reader, layout, metadata, compressor, advance=advance)
+        write_file(partial, reader, layout, metadata, compressor.compress(layout), advance=advance)
 
 
 def _metadata(

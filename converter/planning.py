@@ -36,7 +36,8 @@ class Budget:
     """Of a file: what is no linear layer that can be factored."""
 
     def __str__(self) -> str:
-        words = {"ratio": "a ratio of {:g}", "bpw": "{:g} bits per weight", "file": "a budget of {:,.0f} bytes"}
+        words = {"ratio": "a ratio of {:g}", "bpw": "{:g} bits per weight",
+                 "file": "a budget of {:,.0f} bytes"}
         return words[self.kind].format(self.value)
 
 

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from skipcat_edge.errors import UserError
-from skipcat_edge.format import factor_type
+from skipcat_edge.format import block_size, factor_type
 from skipcat_edge.runtime.library import quantize
 
 from .factorize import Factors, refit, whiten
@@ -46,6 +46,14 @@ class QuantizedFactors:
     skip: np.ndarray | None
     B: tuple[QuantizedMatrix, ...]
 
+    def multiplied_out(self) -> tuple[torch.Tensor, ...]:
+        """What the runtime computes with in place of each member's W: float32 [m, n]."""
+        T = self.T.dequantized()
+        if self.skip is not None:
+            skip = torch.from_numpy(np.flatnonzero(self.skip))
+            T = Factors(T, T, skip, 0.0).projection(len(self.skip))
+        return tuple(part.dequantized() @ T for part in self.B)
+
 
 def quantize_matrix(
     W: torch.Tensor, H: torch.Tensor | None, type_: GGMLQuantizationType, feedback: bool = True
@@ -63,10 +71,11 @@ def quantize_matrix(
         try:
             return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
         except ValueError as error:
-            raise UserError(f"A weight cannot be stored as {stored.name} ({error}); use --quant F32.") from None
-    plain = H is None or stored in (GGMLQuantizationType.F32, GGMLQuantizationType.F16,
-                                    GGMLQuantizationType.BF16) or (supports_feedback(stored) and not feedback)
-    importance = None if plain or H is None else _numpy(H.diagonal())
+            raise UserError(
+                f"A weight cannot be stored as {stored.name} ({error}); use --quant F32."
+            ) from None
+    importances = H is not None and not supports_feedback(stored) and block_size(stored) > 1
+    importance = _numpy(H.diagonal()) if importances and H is not None else None
     return QuantizedMatrix(quantize(_numpy(W), stored, importance), stored)
 
 

@@ -112,9 +112,9 @@ def _feed_back(Wt: torch.Tensor, H: torch.Tensor, block_type: BlockType, data: n
             inverse = _inverse(rounded.scale[grid])
             errors = torch.empty(block_type.sub, m, device=Wt.device)
             for column in range(first, last):
-                w = left[column]
-                code = torch.round((w - rounded.offset[grid]) * inverse).clamp_(block_type.low, block_type.high)
-                value = code * rounded.scale[grid] + rounded.offset[grid]
+                w, scale, offset = left[column], rounded.scale[grid], rounded.offset[grid]
+                code = torch.round((w - offset) * inverse).clamp_(block_type.low, block_type.high)
+                value = code * scale + offset
                 rounded.codes[column], rounded.values[column] = code, value
                 error = (w - value) / U[column, column]
                 errors[column - first] = error

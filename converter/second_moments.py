@@ -41,6 +41,10 @@ class SecondMoment:
             self._sums[index] += part.T @ part
             self._counts[index] += len(part)
 
+    def mean(self) -> torch.Tensor:
+        """E[v v^T]: [n, n], as seen."""
+        return self._sums.sum(0) / max(1, self.tokens)
+
     def shrunk(self, target: torch.Tensor | None = None) -> Shrunk:
         """The mean, shrunk towards `target`: [n, n] (None: its own diagonal).
 
@@ -50,7 +54,7 @@ class SecondMoment:
         what they are worth.
         """
         tokens = max(1, self.tokens)
-        S = self._sums.sum(0) / tokens
+        S = self.mean()
         goal = torch.diag(S.diagonal()) if target is None else target
         distance = float((S - goal).square().sum())
         if distance == 0:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from skipcat_edge.errors import UserError
 
-from .block_chain import BlockChain, find_chain, run_body, run_whole
+from .block_chain import BlockChain, Recorded, find_chain, run_body, run_whole
 from .calibration import Batch, CalibrationSet
 from .layers import Layer, LayerMap, linear_weight
 from .losses import loss_of
@@ -95,8 +95,10 @@ def block_statistics(
     states = [[item.hidden] for item in recorded]
     with torch.no_grad():
         for index in range(last):
-            for batch_states, item in zip(states, recorded, strict=True):
+            for batch, batch_states, item in zip(calibration.batches, states, recorded, strict=True):
                 batch_states.append(chain.run(index, batch_states[-1], item))
+                if not bool(torch.isfinite(batch_states[-1]).all()):
+                    _blame(chain, index, by_block, batch, batch_states, item)
     upstream: list[torch.Tensor | None] = [None] * len(recorded)
     if gradients:
         upstream = [
@@ -117,6 +119,20 @@ def block_statistics(
                 advance()
         if index in by_block:
             yield index, collector.finish()
+
+
+def _blame(
+    chain: BlockChain, index: int, by_block: dict[int, list[Layer]], batch: Batch,
+    states: list[torch.Tensor], recorded: Recorded,
+) -> NoReturn:
+    """Raise UserError, naming the layer whose input is the first that is not finite."""
+    collector = _Collector(chain.model.module, by_block.get(index, []), gradients=False)
+    with collector.hooked():
+        collector.start(batch)
+        chain.run(index, states[-2], recorded)
+    collector.finish()
+    raise UserError(f"Block {index} of {chain.model.name} gives numbers that are not finite; "
+                    "check the model's weights.")
 
 
 def _head_gradient(
@@ -159,6 +175,10 @@ def _all_at_once(
                 collector.start(batch)
             with torch.set_grad_enabled(gradients):
                 output = (run_whole if gradients else run_body)(model, batch)
+                if not bool(torch.isfinite(output[0]).all()):
+                    for index in sorted(collectors):
+                        collectors[index].finish()
+                    raise UserError(f"{model.name} gives numbers that are not finite; check its weights.")
                 if gradients:
                     torch.autograd.backward(loss_of(model, batch, output, generator))
             for _ in range(n_blocks):

@@ -41,6 +41,8 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
               help="Text file that shows which inputs matter.")
 @click.option("--stats", type=click.Path(path_type=Path),
               help="Keep the calibration's statistics in this file; where it exists, nothing is run.")
+@click.option("--no-compensation", is_flag=True,
+              help="Do not run the model again to let later layers make up for earlier ones.")
 @click.option("--no-grad", is_flag=True, help="Calibrate without gradients: faster, and worse.")
 @click.option("--calib-tokens", type=click.IntRange(1), help="Tokens to read.  [default: up to 65,536]")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per calibration window.  [default: 256]")
@@ -64,6 +66,7 @@ def command(
     rounding: str,
     calibration: Path | None,
     stats: Path | None,
+    no_compensation: bool,
     no_grad: bool,
     calib_tokens: int | None,
     seq_len: int | None,
@@ -114,7 +117,7 @@ def command(
     options = ConvertOptions(
         source=directory, output=output, method=KNOWN[method], ratio=ratio, budget=size, bpw=bpw,
         allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
-        gradients=not no_grad,
+        gradients=not no_grad, compensate=not no_compensation,
         types=OutputTypes(linear, head), tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else source,
         calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
@@ -165,6 +168,8 @@ def _report(output: Path, result: ConvertResult) -> None:
                    f"diagonal by up to {result.shrinkage:.1%}, as their noise asks for")
     for tensor, damping in result.damped.items():
         click.echo(f"{tensor}: its inputs' second moments are singular; damped by {damping:g} of their mean")
+    if result.not_compensated:
+        click.echo(f"errors are not compensated across layers: {result.not_compensated}")
     by_reason: dict[str, list[str]] = {}
     for tensor, reason in result.dense.items():
         by_reason.setdefault(reason, []).append(tensor)
