@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint native-tools bench-speed clean
+.PHONY: help setup demo test test-fast lint native-tools bench-speed bench-quality clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint          ruff and mypy"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
 	@echo "make bench-speed   decode and prompt speed-up of a 1B model, beside the ideal"
+	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 
 setup: $(VENV)/.runtime
 
@@ -60,6 +61,9 @@ native-tools: setup
 
 bench-speed: setup
 	$(BIN)/python tests/bench_speed.py --threads 2 --repetitions 7
+
+bench-quality: setup
+	$(BIN)/python tests/bench_quality.py
 
 clean:
 	rm -rf build $(VENV)/.package $(VENV)/.runtime

@@ -30,6 +30,8 @@ _DAMPING = 1e-4
 # Moments of a few numbers per token need no more than this; every group costs two runs of its block.
 _TOKENS_PER_INPUT = 16
 _LEAST_TOKENS = 16_384
+# Rows that are compared with all others at a time.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,10 @@ def matching_rows(W: torch.Tensor, own: torch.Tensor) -> torch.Tensor | None:
     # rounding in the file may have swapped rows of nearly the same projection
     tolerance = 1e-3 * W.square().sum(1).mean()
     wrong = ((own[rows] - W).square().sum(1) > tolerance).nonzero()[:, 0]
-    if len(wrong) > len(W) // 8 + 2:
-        return None
-    if len(wrong):
-        rows[wrong] = rows[wrong][torch.cdist(W[wrong], own[rows[wrong]]).argmin(1)]
+    left = rows[wrong].clone()
+    for start in range(0, len(wrong), _ROWS):
+        part = wrong[start : start + _ROWS]
+        rows[part] = left[torch.cdist(W[part], own[left]).argmin(1)]
     same = bool(((own[rows] - W).square().sum(1) <= tolerance).all())
     return rows if same and len(set(rows.tolist())) == len(rows) else None
 

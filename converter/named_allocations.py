@@ -69,6 +69,9 @@ def allocate_by_rule(
     total, best = _plan(candidates, ranks(0.0), cost, grid, skip)
     if total > budget:
         raise BudgetError(total, budget)
+    total, whole = _plan(candidates, ranks(1.0), cost, grid, skip)
+    if total <= budget:
+        return whole
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         # ranks of a Fisher score may need a very small knob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -105,18 +106,13 @@ def cost_of(
         return _bytes_cost(type_), budget.value - budget.fixed_bytes
     if budget.kind == "bpw":
         return _bytes_cost(type_), budget.value / 8 * parameters_of_all
-    # a ratio counts parameters; one that would be stored wider than the dense layer's costs as many more
-    nbytes = _bytes_cost(type_)
 
     def parameters(members: Sequence[Layer], rank: int, form: Form) -> float:
         dense = sum(layer.m * layer.n for layer in members)
         if form is None:
             return dense
         m, n = sum(layer.m for layer in members), members[0].n
-        own = fmt.factor_parameters(m, n, rank, form)
-        if n % fmt.block_size(type_) == 0 and (n - rank) % fmt.block_size(type_) and form:
-            return max(own, nbytes(members, rank, form) / nbytes(members, 0, None) * dense)
-        return own
+        return fmt.factor_parameters(m, n, rank, form)
 
     return parameters, budget.value * parameters_of_all
 
@@ -132,13 +128,16 @@ def _bytes_cost(type_: GGMLQuantizationType) -> Cost:
             return sum(
                 fmt.tensor_bytes(fmt.factor_type(type_, layer.n), layer.m, layer.n) for layer in members)
         owner = PlannedOwner(tuple(members), rank, form)
-        return sum(slot.nbytes for slot in factor_slots(owner, type_))
+        return sum(slot.padded_bytes(_ALIGNMENT) for slot in factor_slots(owner, type_))
 
     return nbytes
 
 
 def _each_group(groups: Groups, share: float, cost: Cost, grid: int, skip: bool | None) -> Plan:
-    """The same share of its dense cost for every group, whose best form is chosen."""
+    """The same share of its dense cost for every group, whose best form is chosen.
+
+    Raises BudgetError where groups that cannot be that small make the whole too large.
+    """
     plans = []
     for group in groups:
         layers = [layer for candidate in group[-1] for layer in candidate.members]
@@ -147,6 +146,13 @@ def _each_group(groups: Groups, share: float, cost: Cost, grid: int, skip: bool 
         except BudgetError:
             reason = f"no rank on the grid of {grid} keeps {share:.3g} of it"
             plans.append(Plan([], {layer.tensor: reason for layer in layers}, 0.0))
+    total = sum(cost(owner.members, owner.rank, owner.skip) for plan in plans for owner in plan.owners)
+    of_all = [layer for group in groups for candidate in group[-1] for layer in candidate.members]
+    left_dense = {name for plan in plans for name in plan.dense}
+    total += sum(cost((layer,), 0, None) for layer in of_all if layer.tensor in left_dense)
+    budget = share * cost_of_all(of_all, cost)
+    if total > budget * (1 + 1e-9):
+        raise BudgetError(total, budget)
     return Plan([owner for plan in plans for owner in plan.owners],
                 {name: reason for plan in plans for name, reason in plan.dense.items()},
                 sum(plan.loss or 0.0 for plan in plans))
@@ -154,12 +160,16 @@ def _each_group(groups: Groups, share: float, cost: Cost, grid: int, skip: bool 
 
 def _least(budget: Budget, least: float, layers: Sequence[Layer]) -> str:
     parameters = sum(layer.m * layer.n for layer in layers)
+    # rounded up, so that what is named is enough
     if budget.kind == "ratio":
-        return f"{least / parameters:.4f}"
+        return f"{math.ceil(1e4 * least / parameters) / 1e4:.4f}"
     if budget.kind == "bpw":
-        return f"{8 * least / parameters:.3f}"
-    return f"{least + budget.fixed_bytes:,.0f} bytes"
+        return f"{math.ceil(8e3 * least / parameters) / 1e3:.3f}"
+    return f"{math.ceil(least + budget.fixed_bytes):,} bytes"
 
+
+# GGUF's default; a file's tensors begin at its multiples.
+_ALIGNMENT = 32
 
 _WIDE = frozenset({
     GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0,

@@ -15,6 +15,9 @@ from skipcat_edge.runtime.library import quantize
 from .factorize import Factors, refit, whiten
 from .rounding import round_with_feedback, supports_feedback
 
+# Scales and offsets are float16; a weight of this size or less has both in every type.
+_LARGEST = 6e4
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -68,12 +71,9 @@ def quantize_matrix(
     if H is not None and feedback and supports_feedback(stored):
         if not bool(torch.isfinite(W).all()):
             raise UserError("A weight is not a finite number; check the model.")
-        try:
-            return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
-        except ValueError as error:
-            raise UserError(
-                f"A weight cannot be stored as {stored.name} ({error}); use --quant F32."
-            ) from None
+        if float(W.abs().max()) > _LARGEST:
+            raise UserError(f"A weight is too large for the scales of {stored.name}; use --quant F32.")
+        return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
     importances = H is not None and not supports_feedback(stored) and block_size(stored) > 1
     importance = _numpy(H.diagonal()) if importances and H is not None else None
     return QuantizedMatrix(quantize(_numpy(W), stored, importance), stored)

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from skipcat_edge import format as fmt
 from skipcat_edge.cli import main
 from skipcat_edge.errors import UserError
+from skipcat_edge.inspection import inspect
 
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 
@@ -43,7 +44,7 @@ def test_same_inputs_give_the_same_bytes(
     demo_low_rank_gguf: Path, demo_dense_gguf: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again.gguf"
-    arguments = ["--base", demo_dense_gguf, "--quant", "F16", "--calibration", TEXT]
+    arguments = ["--base", demo_dense_gguf, "--quant", "F16", "--calibration", TEXT, "--method", "skipcat"]
     result = run(DEMO / "model", "-o", again, *arguments)
     assert result.exit_code == 0, result.output
     assert again.read_bytes() == demo_low_rank_gguf.read_bytes()
@@ -117,7 +118,11 @@ def test_ratio_one_is_an_ordinary_file(demo_dense_gguf: Path) -> None:
         (["--calibration", TEXT, "--ratio", "1.5"], ["ratio is 1.5"]),
         (["--calibration", TEXT, "--quant", "Q9_9"], ["Q9_9"]),
         (["--calibration", TEXT, "--calib-tokens", "99999999"], ["99,999,999", "--calib-tokens"]),
-        (["--calibration", TEXT, "--ratio", "0.001"], ["ratio 0.001", "--ratio"]),
+        (["--calibration", TEXT, "--ratio", "0.001"], ["ratio of 0.001", "smallest possible"]),
+        (["--calibration", TEXT, "--ratio", "0.001", "--method", "skip"], ["ratio 0.001", "--ratio"]),
+        (["--calibration", TEXT, "--ratio", "0.8", "--bpw", "4"], ["--ratio", "--bpw"]),
+        (["--calibration", TEXT, "--budget", "many"], ["'many' is not a size"]),
+        (["--stats", "missing.safetensors"], ["--calibration"]),
         (["--calibration", TEXT, "--seq-len", "4096"], ["--seq-len is 4096", "512"]),
         (["--calibration", TEXT, "--quant", "Q4_K", "--ratio", "0.3"], ["grid of 256"]),
     ],
@@ -195,3 +200,144 @@ def test_inspect_reads_what_convert_wrote(demo_low_rank_gguf: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(demo_low_rank_gguf), "--json"])
     assert result.exit_code == 0, result.output
     assert "skipcat-llama" in json.dumps(json.loads(result.output))
+
+
+@pytest.fixture(scope="module")
+def stats(demo_dense_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's statistics, from its calibration text."""
+    folder = tmp_path_factory.mktemp("statistics")
+    result = run(DEMO / "model", "-o", folder / "first.gguf", "--base", demo_dense_gguf,
+                 "--calibration", TEXT, "--calib-tokens", 3000, "--quant", "F16",
+                 "--stats", folder / "demo.safetensors", "--no-compensation")
+    assert result.exit_code == 0, result.output
+    assert "calibrated on 3,000 tokens" in result.output
+    return folder / "demo.safetensors"
+
+
+def no_model(*_: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--ratio", "0.6", "--quant", "F16"], ["--method", "skipcat"], ["--bpw", "4", "--quant", "Q4_0"],
+    ["--ratio", "1", "--quant", "Q4_0"], ["--allocation", "energy"], ["--allocation", "flrc"],
+    ["--allocation", "uniform"], ["--rounding", "plain"], ["--no-grad"],
+    ["--calibration", TEXT, "--no-compensation"],
+], ids=lambda arguments: " ".join(str(part) for part in arguments)[:30])  # fmt: skip
+def test_statistics_need_no_model(
+    arguments: list[object], stats: Path, demo_dense_gguf: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from skipcat_converter import calibrate
+
+    monkeypatch.setattr(calibrate, "load_source", no_model)
+    out = tmp_path / "out.gguf"
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats, *arguments)
+    assert result.exit_code == 0, result.output
+    found = inspect(out)
+    if "--bpw" in arguments:
+        linear = found.totals.low_rank_bytes + found.totals.dense_layer_bytes
+        assert 3.5 < 8 * linear / found.totals.dense_parameters <= 4
+    elif "1" in arguments:
+        assert found.architecture == "llama"
+        assert not found.owners
+    else:
+        asked = 0.6 if "0.6" in arguments else 0.8
+        assert asked - 0.08 < found.totals.ratio <= asked
+
+
+def test_statistics_of_another_model_or_text_are_refused(
+    stats: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    text = tmp_path / "other.txt"
+    text.write_text("Once there was another text. " * 400)
+    arguments = ["-o", out, "--base", demo_dense_gguf, "--stats", stats]
+    result = run(DEMO / "model", *arguments, "--calibration", text)
+    assert_refused(result, out, str(stats), "another calibration text")
+    other = tmp_path / "model"
+    shutil.copytree(DEMO / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert_refused(run(other, *arguments), out, str(stats), "another model")
+    arguments[-1] = demo_dense_gguf
+    assert_refused(run(DEMO / "model", *arguments), out, "does not hold calibration statistics")
+
+
+def test_statistics_without_gradients_do_not_serve_those_with(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out, stats = tmp_path / "out.gguf", tmp_path / "half.safetensors"
+    arguments = ["-o", out, "--base", demo_dense_gguf, "--stats", stats]
+    result = run(DEMO / "model", *arguments, "--calibration", TEXT, "--calib-tokens", 3000, "--no-grad")
+    assert result.exit_code == 0, result.output
+    assert "Without gradients" in result.output
+    out.unlink()
+    assert_refused(run(DEMO / "model", *arguments), out, "without gradients", "--no-grad")
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q4_0"])
+def test_budget_is_the_files_size(quant: str, stats: Path, demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    budget = 5_000_000 if quant == "F16" else 3_300_000
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats,
+                 "--quant", quant, "--budget", f"{budget / 1e6}MB")
+    assert result.exit_code == 0, result.output
+    assert 0.97 * budget < out.stat().st_size <= budget
+
+
+def test_a_budget_below_embeddings_and_norms_names_the_smallest_size(
+    stats: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    arguments = [DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats, "--quant", "F16"]
+    result = run(*arguments, "--budget", "1MB")
+    assert_refused(result, out, "1,000,000 bytes", "smallest possible")
+    words = result.output.replace(",", "").split()
+    smallest = int(words[words.index("bytes", words.index("bytes") + 1) - 1])
+    result = run(*arguments, "--budget", str(smallest + 1))
+    assert result.exit_code == 0, result.output
+    assert out.stat().st_size <= smallest + 1
+
+
+def test_a_sweep_of_ratios_is_faster_than_one_calibration(stats: Path, demo_dense_gguf: Path) -> None:
+    """Counted in work, not seconds: no forward pass, and each layer is decomposed once for all ratios."""
+    from skipcat_converter import candidates
+    from skipcat_converter.compression import Weights
+    from skipcat_converter.factorize import METHODS
+    from skipcat_converter.planning import measure_groups, plans_for_ratios
+    from skipcat_converter.quantized import Rounding
+    from skipcat_converter.statistics_file import Provenance, read_statistics, source_sha256
+
+    statistics = read_statistics(
+        stats, Provenance(source_sha256(DEMO / "model"), None, 0, None, None, True, 0))
+    layers, calls = statistics.layers, []
+    decompose = candidates.decompose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "decompose", lambda *args: calls.append(1) or decompose(*args))
+        groups = measure_groups(layers, Weights.of(GGUFReader(demo_dense_gguf), layers.groups, "cpu").block,
+                                statistics.block, GGMLQuantizationType.F16, METHODS["auto"], Rounding())
+        measured = len(calls)
+        plans = dict(plans_for_ratios(groups, METHODS["auto"], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
+                                      GGMLQuantizationType.F16))
+    # 7 layers a block, and two groups that may share
+    assert measured == len(calls) == 6 * 9
+    losses = [plan.loss for plan in plans.values()]
+    assert losses == sorted(losses)
+
+
+def test_the_dense_file_runs_better_than_plainly_rounded_ones(
+    stats: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    from skipcat_edge import divergence
+    from skipcat_edge.perplexity import text_chunks
+
+    kl = {}
+    for rounding in ("feedback", "plain"):
+        out = tmp_path / f"{rounding}.gguf"
+        result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats, "--ratio", "1",
+                     "--quant", "Q4_0", "--rounding", rounding)
+        assert result.exit_code == 0, result.output
+        models = divergence.open_pair(out, demo_dense_gguf, 256)
+        chunks = text_chunks(models[0], TEXT.read_text("utf-8"), 256, 3000)
+        kl[rounding] = divergence.compare(*models, chunks)[1].kl
+    assert (tmp_path / "feedback.gguf").stat().st_size == (tmp_path / "plain.gguf").stat().st_size
+    assert kl["feedback"] < 0.75 * kl["plain"]

@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from skipcat_converter.factorize import DAMPING, METHODS, cholesky, factorize  # noqa: E402
+from skipcat_converter.factorize import DAMPING, METHODS, Factors, decompose, refit, spectrum, whiten  # noqa: E402
+from skipcat_converter.factorize import factorize as factorize_decomposed  # noqa: E402
 
 
 def problem(m: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -16,6 +17,13 @@ def problem(m: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((3 * n, n)) * np.logspace(0, -2, n)
     return rng.standard_normal((m, n)), X.T @ X / len(X)
+
+
+def factorize(
+    W: torch.Tensor, H: torch.Tensor | None, rank: int, skip: bool, C: torch.Tensor | None = None
+) -> Factors:
+    L = None if H is None else whiten(H).L
+    return factorize_decomposed(W, decompose(W if C is None else C, L), rank, skip)
 
 
 def damped(H: np.ndarray) -> np.ndarray:
@@ -64,7 +72,7 @@ def test_skip_loses_nothing_beyond_the_rank() -> None:
 
 def test_cholesky_of_a_singular_matrix() -> None:
     x = np.arange(6.0)[:, None]
-    L = cholesky(torch.from_numpy(x @ x.T)).numpy()
+    L = whiten(torch.from_numpy(x @ x.T)).L.numpy()
     np.testing.assert_allclose(L @ L.T, damped(x @ x.T), atol=1e-9)
 
 
@@ -74,9 +82,64 @@ def test_inputs_that_were_never_seen() -> None:
     assert bool(torch.isfinite(factors.B).all())
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 16), st.integers(3, 16), st.integers(0, 999), st.booleans())
+def test_two_sided_factors_are_the_best_in_the_loss(m: int, n: int, seed: int, skip: bool) -> None:
+    W, H = problem(m, n, seed)
+    rng = np.random.default_rng(seed + 1)
+    g = rng.standard_normal((4 * m, m)) * np.logspace(0, -1, m)
+    G = g.T @ g / len(g)
+    values, vectors = np.linalg.eigh(G)
+    C = (vectors * np.sqrt(values)) @ vectors.T @ W
+    rank = max(1, min(m, n - 1) // 2)
+    factors = factorize(torch.from_numpy(W), torch.from_numpy(H), rank, skip, torch.from_numpy(C))
+    E = W - (factors.B @ factors.projection(n)).numpy()
+    best = (np.linalg.svd(C @ np.linalg.cholesky(damped(H)), compute_uv=False)[rank:] ** 2).sum()
+    total = np.trace(G @ W @ damped(H) @ W.T)
+    assert np.trace(G @ E @ damped(H) @ E.T) == pytest.approx(best, rel=1e-6, abs=1e-9 * total)
+
+
+def test_the_spectrum_is_the_decompositions() -> None:
+    for m, n in ((9, 14), (14, 9)):
+        W, H = problem(m, n, 5)
+        L = whiten(torch.from_numpy(H)).L
+        sigma = np.linalg.svd(W @ L.numpy(), compute_uv=False)
+        np.testing.assert_allclose(spectrum(torch.from_numpy(W), L).numpy(), sigma**2, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(decompose(torch.from_numpy(W), L).values.numpy(), sigma**2,
+                                   rtol=1e-8, atol=1e-12)
+
+
+def test_without_skip_z_has_unit_second_moments() -> None:
+    for m, n in ((9, 14), (14, 9)):
+        W, H = problem(m, n, 6)
+        A = factorize(torch.from_numpy(W), torch.from_numpy(H), 5, skip=False).T.numpy()
+        np.testing.assert_allclose(A @ damped(H) @ A.T, np.eye(5), atol=1e-8)
+
+
+def test_refit_is_the_least_squares_fit() -> None:
+    W, H = problem(7, 12, 7)
+    A = np.random.default_rng(0).standard_normal((4, 12))
+    L = np.linalg.cholesky(damped(H))
+    expected = np.linalg.lstsq((A @ L).T, (W @ L).T, rcond=None)[0].T
+    found = refit(torch.from_numpy(W), torch.from_numpy(A), torch.from_numpy(L)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    A[3] = A[0]  # dependent rows: any solution will do, but it must be one
+    found = refit(torch.from_numpy(W), torch.from_numpy(A), torch.from_numpy(L)).numpy()
+    expected = np.linalg.lstsq((A @ L).T, (W @ L).T, rcond=None)[0].T
+    np.testing.assert_allclose(found @ A, expected @ A, atol=1e-8)
+
+
+def test_singular_moments_are_damped_more_and_say_so() -> None:
+    H = np.diag([1.0, 1.0, -1e-2])  # rounding can make it indefinite
+    whitening = whiten(torch.from_numpy(H))
+    assert whitening.damping > DAMPING
+    assert bool(torch.isfinite(whitening.L).all())
+
+
 def test_methods_are_the_parts_of_skipcat() -> None:
     parts = {name: (method.whiten, method.share, method.skip) for name, method in METHODS.items()}
     assert parts == {
         "skipcat": (True, True, True), "skip": (True, False, True), "cat": (True, True, False),
-        "svd-llm": (True, False, False), "svd": (False, False, False),
+        "svd-llm": (True, False, False), "svd": (False, False, False), "auto": (True, None, None),
     }  # fmt: skip
+    assert [name for name, method in METHODS.items() if method.two_sided] == ["auto"]

@@ -1,4 +1,4 @@
-"""H from the block-by-block pass against a plain sum over whole forward passes."""
+"""H and G from the block-by-block pass against plain sums over whole passes of the model."""
 
 from __future__ import annotations
 
@@ -62,24 +62,78 @@ def test_equals_plain_sums(source: Any, layers: Any) -> None:
     seen = 0
     for _, statistics in stats.block_statistics(source, layers, calibration):
         for name, entry in statistics.items():
-            assert entry.tokens == total
-            np.testing.assert_allclose(entry.H.numpy(), sums[name] / total, rtol=1e-3, atol=1e-5)
+            assert entry.input.tokens == total
+            plain = sums[name] / total
+            kept = 1 - entry.input.shrinkage
+            expected = kept * plain + (1 - kept) * np.diag(np.diag(plain))
+            np.testing.assert_allclose(entry.input.H.numpy(), expected, rtol=1e-3, atol=1e-5)
             seen += 1
-        assert len({id(entry) for entry in statistics.values()}) == 4
+        assert len({id(entry.input) for entry in statistics.values()}) == 4
     assert seen == len(sums)
+
+
+def test_gradients_equal_those_of_a_whole_backward_pass(
+    source: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = load_calibration(TEXT, source, 700, 64)
+    monkeypatch.setattr(stats, "_HEAD_TOKENS", 10**6)
+    found = {
+        name: entry.output
+        for _, statistics in stats.block_statistics(source, layers, calibration, seed=3)
+        for name, entry in statistics.items()
+    }
+    layer = next(layer for group in layers.groups for layer in group if layer.tensor == "blk.2.attn_v.weight")
+    module = source.module.get_submodule(layer.module)
+    generator = torch.Generator().manual_seed(3)
+    total, rows = np.zeros((layer.m, layer.m)), 0
+    for batch in calibration.batches:
+        outputs: list[Any] = []
+        handle = module.register_forward_hook(lambda _m, _a, output, kept=outputs: kept.append(output))
+        embedded = source.module.get_input_embeddings()(batch.ids).detach().requires_grad_()
+        logits = source.module(inputs_embeds=embedded, attention_mask=batch.mask).logits
+        handle.remove()
+        keep = batch.mask.bool()
+        real = logits[keep]
+        drawn = torch.multinomial(torch.softmax(real.detach(), -1), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(real, drawn, reduction="sum")
+        g = torch.autograd.grad(loss, outputs[0])[0][keep].double().numpy()
+        total, rows = total + g.T @ g, rows + len(g)
+    output = found[layer.tensor]
+    assert output is not None
+    G, W = total / rows, module.weight.detach().double().numpy()
+    G = (1 - output.shrinkage) * G + output.shrinkage * np.diag(np.diag(G))
+    expected = W.T @ G @ W
+    np.testing.assert_allclose(output.C.numpy().T @ output.C.numpy(), expected,
+                               rtol=1e-2, atol=1e-3 * np.abs(expected).max())
+    assert output.mean_weight == pytest.approx(np.diag(G).mean(), rel=1e-3)
+
+
+def test_without_gradients_there_is_no_output_side(source: Any, layers: Any) -> None:
+    calibration = load_calibration(TEXT, source, 300, 64)
+    for _, statistics in stats.block_statistics(source, layers, calibration, gradients=False):
+        assert all(entry.output is None for entry in statistics.values())
 
 
 def test_a_model_that_is_no_chain_gives_the_same(
     source: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = load_calibration(TEXT, source, 600, 64)
+    # windows are drawn for in the same order only where they all fit one part
+    monkeypatch.setattr(stats, "_HEAD_TOKENS", 10**6)
     chained = dict(stats.block_statistics(source, layers, calibration))
-    monkeypatch.setattr(stats, "_chain_form", lambda *_: None)
+    monkeypatch.setattr(stats, "find_chain", lambda *_: None)
     whole = dict(stats.block_statistics(source, layers, calibration))
     assert chained.keys() == whole.keys()
     for block, statistics in chained.items():
         for name, entry in statistics.items():
-            torch.testing.assert_close(entry.H, whole[block][name].H, rtol=1e-4, atol=1e-6)
+            other = whole[block][name]
+            torch.testing.assert_close(entry.input.H, other.input.H, rtol=1e-4, atol=1e-6)
+            assert entry.output is not None
+            assert other.output is not None
+            scale = float(other.output.C.abs().max())
+            gram, expected = entry.output.C.T @ entry.output.C, other.output.C.T @ other.output.C
+            torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-4 * scale**2)
+            assert entry.output.mean_weight == pytest.approx(other.output.mean_weight, rel=1e-3)
 
 
 def test_groups_are_split_where_inputs_differ(source: Any, layers: Any) -> None:
