@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,10 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
     Raises UserError for bad input; see each stage.
     """
     torch.manual_seed(options.seed)
+    if not options.gradients:
+        # gradients that kept statistics may hold are not looked at either
+        one_sided = replace(options.method, two_sided=False, allocation="uniform")
+        options = replace(options, method=one_sided)
     with (
         atomic_output(options.output, options.force) as partial,
         tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,

@@ -104,8 +104,8 @@ def command(
     if stats is not None and not stats.exists():
         check_output(stats, force=False)
     if no_grad and KNOWN[method].two_sided and low_rank:
-        click.echo("Without gradients the ranks follow each layer's own error, not the model's loss: "
-                   "expect about the quality that half the saving would cost with them.", err=True)
+        click.echo("Without gradients nothing tells which layers the loss depends on: ranks become uniform, "
+                   "and quality falls to about that of --method skipcat (docs/quality.md).", err=True)
     from skipcat_edge.gguf_file import open_gguf
     from skipcat_edge.runtime.library import load_library
     from skipcat_edge.runtime.source import stock_tree
