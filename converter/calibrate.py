@@ -74,7 +74,7 @@ def obtain_statistics(
     }
     with (
         atomic_output(path, force=False) as partial,
-        phase("Calibrating", (blocks[-1] + 1) * len(calibration.batches)) as advance,
+        phase("Calibrating", 2 * (blocks[-1] + 1) * len(calibration.batches)) as advance,
     ):
         found = block_statistics(model, layers, calibration, lambda: advance(1), options.gradients,
                                  options.seed)

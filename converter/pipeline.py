@@ -49,6 +49,8 @@ class ConvertOptions:
     """Bits per dense weight of the linear layers."""
     allocation: str | None = None
     """None: the method's own."""
+    grid: int | None = None
+    """Ranks are its multiples; None: what the type needs."""
     rounding: Rounding = field(default_factory=Rounding)
     source_name: str | None = None
     """Of a model from the hub; a directory's own name otherwise."""
@@ -211,16 +213,17 @@ def _plan(
 ) -> Plan:
     type_, method = options.types.linear, options.method
     allocation = options.allocation or method.allocation
+    grid = options.grid or fmt.rank_grid(type_)
     by_ratio = options.budget is None and options.bpw is None
     if allocation == "uniform" and by_ratio and method.share is not None and method.skip is not None:
         # the papers' rule; it needs no spectra
-        plan = plan_uniform(layers.groups, method, options.ratio, type_)
+        plan = plan_uniform(layers.groups, method, options.ratio, grid)
     else:
         rounding = options.rounding
         with phase("Measuring layers", len(layers.groups)) as advance:
             groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, method,
                                     rounding, lambda: advance(1))
-        plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_)
+        plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
         reasons = Counter({**layers.dense, **plan.dense}.values()).most_common(1)
         reason = reasons[0][0] if reasons else "it has no linear layers that the runtime factors"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gguf import GGMLQuantizationType
-
 from skipcat_edge import format as fmt
 from skipcat_edge.ranks import uniform_rank
 
@@ -57,13 +55,12 @@ class Plan:
 
 
 def plan_uniform(
-    groups: list[tuple[Layer, ...]], method: Method, ratio: float, type_: GGMLQuantizationType
+    groups: list[tuple[Layer, ...]], method: Method, ratio: float, grid: int
 ) -> Plan:
     """The same ratio for every projection: the largest rank on the grid that keeps it (the papers' rule)."""
     assert method.skip is not None
     owners: list[PlannedOwner] = []
     dense: dict[str, str] = {}
-    grid = fmt.rank_grid(type_)
     for group in groups:
         for members in [group] if method.share else [(layer,) for layer in group]:
             m, n = sum(layer.m for layer in members), members[0].n

@@ -72,7 +72,8 @@ def measure_groups(
 
 
 def make_plan(
-    groups: Groups, method: Method, allocation: str, budget: Budget, type_: GGMLQuantizationType
+    groups: Groups, method: Method, allocation: str, budget: Budget, type_: GGMLQuantizationType,
+    grid: int | None = None,
 ) -> Plan:
     """Ranks and forms of least predicted loss, or by the rule that `allocation` names.
 
@@ -80,7 +81,7 @@ def make_plan(
     """
     layers = [layer for group in groups for candidate in group[-1] for layer in candidate.members]
     cost, total = cost_of(budget, layers, type_)
-    grid = fmt.rank_grid(type_)
+    grid = grid or fmt.rank_grid(type_)
     try:
         if allocation == "loss":
             return allocate(groups, total, cost, grid, method.skip)

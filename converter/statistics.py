@@ -76,8 +76,8 @@ def block_statistics(
 ) -> Iterator[tuple[int, BlockStatistics]]:
     """Yield (block index, its statistics) for every block with layers to factor, the last one first.
 
-    `advance` is called after each batch of each block. Raises UserError, naming the layer,
-    where an activation or a gradient is not finite.
+    `advance` is called after each batch of each block, on the way forwards and on the way back.
+    Raises UserError, naming the layer, where an activation or a gradient is not finite.
     """
     by_block: dict[int, list[Layer]] = {}
     for group in layers.groups:
@@ -99,6 +99,7 @@ def block_statistics(
                 batch_states.append(chain.run(index, batch_states[-1], item))
                 if not bool(torch.isfinite(batch_states[-1]).all()):
                     _blame(chain, index, by_block, batch, batch_states, item)
+                advance()
     upstream: list[torch.Tensor | None] = [None] * len(recorded)
     if gradients:
         upstream = [
@@ -181,7 +182,7 @@ def _all_at_once(
                     raise UserError(f"{model.name} gives numbers that are not finite; check its weights.")
                 if gradients:
                     torch.autograd.backward(loss_of(model, batch, output, generator))
-            for _ in range(n_blocks):
+            for _ in range(2 * n_blocks):
                 advance()
     for index in sorted(collectors, reverse=True):
         yield index, collectors.pop(index).finish()

@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "Continue a text.",
     "chat": "Chat with a model.",
     "bench": "Measure prompt and decode speed, load time and memory.",
-    "eval": "Measure perplexity, or the cosine to a reference for embedding models.",
+    "eval": "Measure perplexity, and how close a model is to its dense reference.",
     "synth": "Write a random-weight model with the dimensions of a known one.",
     "runtime": "Build and check the patched llama-cpp-python.",
 }

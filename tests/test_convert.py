@@ -118,13 +118,15 @@ def test_ratio_one_is_an_ordinary_file(demo_dense_gguf: Path) -> None:
         (["--calibration", TEXT, "--ratio", "1.5"], ["ratio is 1.5"]),
         (["--calibration", TEXT, "--quant", "Q9_9"], ["Q9_9"]),
         (["--calibration", TEXT, "--calib-tokens", "99999999"], ["99,999,999", "--calib-tokens"]),
-        (["--calibration", TEXT, "--ratio", "0.001"], ["ratio of 0.001", "smallest possible"]),
+        (["--calibration", TEXT, "--ratio", "0.001", "--calib-tokens", "500"],
+         ["ratio of 0.001", "smallest possible"]),
         (["--calibration", TEXT, "--ratio", "0.001", "--method", "skip"], ["ratio 0.001", "--ratio"]),
         (["--calibration", TEXT, "--ratio", "0.8", "--bpw", "4"], ["--ratio", "--bpw"]),
         (["--calibration", TEXT, "--budget", "many"], ["'many' is not a size"]),
         (["--stats", "missing.safetensors"], ["--calibration"]),
         (["--calibration", TEXT, "--seq-len", "4096"], ["--seq-len is 4096", "512"]),
-        (["--calibration", TEXT, "--quant", "Q4_K", "--ratio", "0.3"], ["grid of 256"]),
+        (["--calibration", TEXT, "--quant", "Q4_K", "--ratio", "0.3", "--calib-tokens", "500"],
+         ["grid of 256"]),
     ],
     ids=lambda value: " ".join(str(v) for v in value)[:40],
 )
@@ -187,7 +189,8 @@ def test_full_disk(demo_dense_gguf: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", write)
     out = tmp_path / "out.gguf"
-    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT)
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT,
+                 "--method", "skip", "--calib-tokens", 500)
     assert_refused(result, out, "No space left on device", "room")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from skipcat_converter.calibration import split_sentences  # noqa: E402
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
+STOCK = Path(__file__).resolve().parent.parent / "build" / "native" / "stock" / "bin"
 WINDOW, EVAL_TOKENS, CALIBRATION_TOKENS = 256, 60_000, 120_000
 
 
@@ -36,16 +38,19 @@ def run_json(*arguments: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def babyllama(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Converts babyllama361: F16 unless said, calibrated on 120,000 tokens."""
+    """Converts babyllama361 to F16, calibrated on 120,000 tokens, once."""
     folder = tmp_path_factory.mktemp("babyllama")
 
     def make(method: str, ratio: float) -> Path:
         out = folder / f"{method}-{ratio}.gguf"
         if not out.exists():
-            base = None if ratio == 1.0 else make("svd", 1.0)
-            convert_model(shared / "models" / "babyllama361", out, method=method, ratio=ratio, base=base,
-                          calibration=shared / "text" / "tinystories_train.txt",
-                          calib_tokens=CALIBRATION_TOKENS, seq_len=WINDOW)
+            dense = {} if ratio == 1.0 else {
+                "base": make("svd", 1.0), "calibration": shared / "text" / "tinystories_train.txt",
+                "calib_tokens": CALIBRATION_TOKENS, "seq_len": WINDOW, "stats": folder / "statistics",
+            }
+            if method == "skipcat" and not (folder / "statistics").exists():
+                make("auto", ratio)  # whose statistics have both sides
+            convert_model(shared / "models" / "babyllama361", out, method=method, ratio=ratio, **dense)
         return out
 
     return make
@@ -96,8 +101,11 @@ def test_skipcat_loses_little(perplexity: Callable[..., float]) -> None:
     assert perplexity("skipcat", 0.8) <= 2.67
 
 
-def test_order_of_the_methods(perplexity: Callable[..., float]) -> None:
-    assert perplexity("svd-llm", 0.8) > perplexity("skip", 0.8) > perplexity("svd", 1.0)
+def test_auto_loses_less_than_the_papers_methods(perplexity: Callable[..., float]) -> None:
+    assert perplexity("svd-llm", 0.8) > perplexity("skip", 0.8) > perplexity("skipcat", 0.8)
+    assert perplexity("skipcat", 0.8) > perplexity("auto", 0.8) > perplexity("svd", 1.0) - 0.01
+    assert perplexity("auto", 0.8) <= 2.325
+    assert perplexity("auto", 0.6) <= 2.66
 
 
 def test_factored_logits_are_those_of_transformers(shared: Path, babyllama: Callable[..., Path]) -> None:
@@ -122,26 +130,82 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def test_encoder_keeps_its_embeddings(shared: Path, minilm: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def encoder(
+    shared: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., float]:
+    """Mean cosine of MiniLM on 500 held-out sentences, calibrated on 1,200 others."""
+    folder = tmp_path_factory.mktemp("minilm")
     text = (shared / "text" / "wikitext2_valid.txt").read_text(encoding="utf-8")
     sentences = [sentence for sentence in split_sentences(text) if len(sentence.split()) > 5]
     random.Random(0).shuffle(sentences)
-    held_out, calibration = tmp_path / "held_out.txt", tmp_path / "calibration.txt"
+    held_out, calibration = folder / "held_out.txt", folder / "calibration.txt"
     held_out.write_text("\n".join(sentences[:500]), encoding="utf-8")
-    calibration.write_text("\n".join(sentences[500:]), encoding="utf-8")
-    dense = tmp_path / "dense.gguf"
+    calibration.write_text("\n".join(sentences[500:1700]), encoding="utf-8")
+    dense = folder / "dense.gguf"
     convert_model(minilm, dense, ratio=1.0)
-    cosine = {}
-    for method in ("skipcat", "svd-llm"):
-        out = tmp_path / f"{method}.gguf"
-        result = convert_model(minilm, out, base=dense, method=method, calibration=calibration,
-                               calib_tokens=40_000)
-        assert not result.dense
+
+    def cosine(method: str, ratio: float, quant: str = "F16", **options: Any) -> float:
+        out = folder / "out.gguf"
+        convert_model(minilm, out, base=dense, method=method, ratio=ratio, quant=quant, force=True,
+                      calibration=calibration, stats=folder / "statistics", **options)
         answer = run_json("eval", out, "--text", held_out, "--reference", dense)
         assert answer["lines"] == 500
-        cosine[method] = answer["cosine_mean"]
-    assert cosine["skipcat"] >= 0.95
-    assert cosine["skipcat"] >= cosine["svd-llm"] + 0.03
+        return float(answer["cosine_mean"])
+
+    # whose statistics, with both sides, the other methods share
+    assert cosine("auto", 0.9, compensate=False) > 0.98
+    cosine.dense, cosine.held_out, cosine.folder = dense, held_out, folder  # type: ignore[attr-defined]
+    return cosine
+
+
+def test_encoder_keeps_its_embeddings(encoder: Callable[..., float]) -> None:
+    auto = encoder("auto", 0.8)
+    assert auto >= 0.985
+    assert encoder("auto", 0.8, "Q8_0") >= auto - 0.001
+    skipcat, svd_llm = encoder("skipcat", 0.8), encoder("svd-llm", 0.8)
+    assert auto > skipcat >= 0.95
+    assert skipcat >= svd_llm + 0.03
+    assert encoder("auto", 0.6) >= 0.945
+    assert encoder("auto", 0.4) >= 0.855
+
+
+def test_encoder_at_four_bits(encoder: Callable[..., float]) -> None:
+    assert encoder("auto", 0.9, "Q4_0", compensate=False) >= 0.98
+    dense = encoder("auto", 1.0, "Q4_0", compensate=False)
+    assert dense >= 0.989
+    if not STOCK.is_dir():
+        pytest.skip("no build/native/stock; run `make native-tools`")
+    from bench_quality import write_imatrix
+
+    folder, base = encoder.folder, encoder.dense  # type: ignore[attr-defined]
+    write_imatrix(folder / "statistics", folder / "imatrix.gguf")
+    out = folder / "stock.gguf"
+    command = [str(STOCK / "llama-quantize"), "--imatrix", str(folder / "imatrix.gguf"),
+               "--token-embedding-type", "f16", str(base), str(out), "Q4_0", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    answer = run_json("eval", out, "--text", encoder.held_out, "--reference", base)  # type: ignore[attr-defined]
+    assert out.stat().st_size == pytest.approx((folder / "out.gguf").stat().st_size, rel=0.001)
+    assert dense > answer["cosine_mean"]
+
+
+def test_demo_at_eight_and_four_bits(shared: Path, demo_dense_gguf: Path, tmp_path: Path) -> None:
+    def perplexity(ratio: float, quant: str, method: str = "auto", **options: Any) -> float:
+        out = tmp_path / "out.gguf"
+        convert_model(DEMO / "model", out, base=demo_dense_gguf, method=method, ratio=ratio, quant=quant,
+                      force=True, **options)
+        answer = run_json("eval", out, "--text", shared / "text" / "tinystories_eval.txt",
+                          "--max-tokens", 20_000)
+        return float(answer["ppl"])
+
+    text = {"calibration": shared / "text" / "tinystories_train.txt", "calib_tokens": 60_000,
+            "stats": tmp_path / "statistics"}
+    plain = perplexity(1.0, "Q4_0")
+    low_rank = perplexity(0.9, "Q4_0", **text)
+    assert low_rank <= 1.02 * plain
+    assert low_rank < perplexity(0.9, "Q4_0", "skipcat", **text)
+    at_f16 = perplexity(0.8, "F16", grid=32, **text)
+    assert perplexity(0.8, "Q8_0", **text) == pytest.approx(at_f16, rel=0.002)
 
 
 def test_encoder_embeddings_are_those_of_transformers(minilm: Path, tmp_path: Path) -> None:

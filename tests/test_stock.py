@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversion import DEMO, convert_model
 
 HERE = Path(__file__).resolve().parent
 STOCK = HERE.parent / "build" / "native" / "stock" / "bin"
@@ -29,12 +30,18 @@ def run_worker(worker: str, *arguments: str | Path, stock: bool) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module", params=["F16", "Q8_0", "Q4_0"])
+@pytest.fixture(scope="module", params=["F16", "Q8_0", "Q4_0", "Q4_0 feedback", "Q4_K feedback"])
 def dense(request: pytest.FixtureRequest, demo_dense_gguf: Path,
           tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense demo model, quantised by stock llama.cpp."""
+    """The dense demo model, quantised by stock llama.cpp or by our error feedback."""
     if request.param == "F16":
         return demo_dense_gguf
+    if request.param.endswith("feedback"):
+        pytest.importorskip("torch", reason="the converter needs torch")
+        out = tmp_path_factory.mktemp("ours") / "dense.gguf"
+        convert_model(DEMO / "model", out, base=demo_dense_gguf, method="auto", ratio=1.0,
+                      quant=request.param.split()[0], calibration=DEMO / "calibration.txt", calib_tokens=2000)
+        return out
     out = tmp_path_factory.mktemp("stock") / f"{request.param}.gguf"
     command = [str(STOCK / "llama-quantize"), str(demo_dense_gguf), str(out), request.param, "1"]
     subprocess.run(command, capture_output=True, check=True)
