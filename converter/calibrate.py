@@ -48,7 +48,7 @@ def obtain_statistics(
     if it is loaded already. Raises UserError where the file holds those of another model or text.
     """
     with phase("Reading the model", 1) as advance:
-        digest = source_sha256(source)
+        digest = source_sha256(source, path)
         advance(1)
     expected = Provenance(digest, _text_sha256(options.text), 0, options.seq_len, options.tokens,
                           options.gradients, options.seed)
@@ -98,7 +98,9 @@ def checked_layers(reader: GGUFReader, layers: LayerMap, model: SourceModel) -> 
     for group in layers.groups:
         kept = []
         for layer in group:
-            weight = model.module.get_submodule(layer.module).weight
+            module = model.module.get_submodule(layer.module)
+            own = linear_weight(module, layer)
+            weight = module.weight if own is None else own
             assert isinstance(weight, torch.Tensor)
             if keeps_input_order(read_weight(tensors[layer.tensor]), weight):
                 kept.append(layer)

@@ -31,6 +31,16 @@ class Batch:
     mask: torch.Tensor
 
 
+def half_of_rows(batch: Batch, first: int) -> torch.Tensor:
+    """0 or 1 for each real token of `batch`, row by row: whole sequences take turns.
+
+    `first`: sequences before this batch.
+    """
+    sequences = torch.arange(first, first + len(batch.ids))[:, None].expand_as(batch.ids)
+    halves: torch.Tensor = (sequences % 2)[batch.mask.bool()]
+    return halves
+
+
 @dataclass(frozen=True)
 class CalibrationSet:
     """What the model reads while statistics are collected."""

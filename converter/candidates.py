@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from skipcat_edge import format as fmt
 
 from .compensation import CompressedInput
-from .factorize import Decomposition, Factors, Method, decompose, factorize, refit, spectrum, whiten
+from .factorize import Decomposition, Factors, Method, decompose, factorize, refit, whiten
 from .layers import Layer
 from .quantized import Rounding, quantize_matrix
 from .statistics import BlockStatistics
@@ -72,10 +72,12 @@ class Problem:
     """[m], the mean of each layer's diagonal of G; ones where no gradient counts."""
 
     def decomposition(self) -> Decomposition:
+        """Of the loss that `C` and `L` describe."""
         return decompose(self.C, self.L)
 
-    def spectrum(self) -> torch.Tensor:
-        return spectrum(self.C, self.L)
+    def total(self) -> float:
+        """The loss of leaving the layers out."""
+        return _squares(self.C, self.L)
 
 
 def problem(
@@ -100,17 +102,18 @@ def problem(
         W = W @ M
     whitening = whiten(H) if method.whiten else None
     L, damping = (None, 0.0) if whitening is None else (whitening.L, whitening.damping)
-    outputs = [entry.output for entry in entries]
-    if not method.two_sided or any(output is None for output in outputs):
+    known = [entry.output.mean_weight for entry in statistics.values() if entry.output is not None]
+    if not method.two_sided or not known:
         return Problem(W, W, H, L, damping, ones)
-    C = torch.cat([output.C.to(W) for output in outputs if output is not None])
-    if M is not None:
-        C = C @ M
-    means = [
-        torch.full((layer.m,), output.mean_weight, dtype=torch.float64, device=W.device)
-        for layer, output in zip(members, outputs, strict=True) if output is not None
-    ]
-    return Problem(W, C, H, L, damping, torch.cat(means))
+    # a layer that is only a part of its module has no C of its own; it gets its block's mean weight
+    C, means = [], []
+    for layer, part in zip(members, torch.split(W, [layer.m for layer in members]), strict=True):
+        output = statistics[layer.tensor].output
+        mean = float(np.mean(known)) if output is None else output.mean_weight
+        own = mean**0.5 * part if output is None else output.C.to(W) if M is None else output.C.to(W) @ M
+        C.append(own)
+        means.append(torch.full((layer.m,), mean, dtype=torch.float64, device=W.device))
+    return Problem(W, torch.cat(C), H, L, damping, torch.cat(means))
 
 
 def alternatives(group: tuple[Layer, ...], share: bool | None) -> Iterator[list[tuple[Layer, ...]]]:
@@ -127,17 +130,12 @@ def measure(
     type_: GGMLQuantizationType,
     method: Method,
     rounding: Rounding,
+    unit: float = 1.0,
 ) -> Candidate:
-    """The candidate of `members`: its spectrum, and what rounding to `type_` costs in each form.
-
-    Without gradients the losses of different layers are not in one unit; they are then shares of
-    the loss of W = 0.
-    """
+    """The candidate of `members`: its spectrum, and what rounding to `type_` costs in each form, all
+    in units of `unit`."""
     decomposition = owner.decomposition()
     values = decomposition.values
-    total = float(values.sum())
-    gradients = owner.C is not owner.W
-    unit = 1.0 if gradients or total == 0 else 1 / total
     losses: dict[Form, tuple[np.ndarray, np.ndarray]] = {}
     if bits(type_) < _EXACT_BITS and owner.H is not None:
         losses[None] = np.zeros(1), np.array([_dense_loss(owner, type_, rounding) * unit])

@@ -2,8 +2,9 @@
 
 A layer is fitted to the inputs y that it will have in the compressed model, and to outputs blended
 between W x, x being its input in the dense model, and W y: its target is W M y with
-M = (1 - blend) I + blend E[x y^T] E[y y^T]^-1 (the closed form of SAES-SVD and MPIFA). Two copies
-of a block run side by side, one dense, the other with what was stored so far.
+M = (1 - blend) I + blend E[x y^T] E[y y^T]^-1 (the closed form of SAES-SVD and MPIFA). The blend is
+the one that predicts x best on the half of the text that M was not fitted to, so that a short text
+does no harm. Two copies of a block run side by side, one dense, the other with what was stored so far.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 
 import torch
 
+from skipcat_edge.errors import UserError
+
 from .block_chain import BlockChain, find_chain
-from .calibration import Batch, CalibrationSet
+from .calibration import Batch, CalibrationSet, half_of_rows
 from .layers import Layer, LayerMap, linear_weight, stored_transposed
 from .second_moments import SecondMoment
 from .source_model import SourceModel
 
-# The share of the dense model's flow in the targets; docs/quality.md has what others give.
-BLEND = 1.0
 # Of E[y y^T]'s mean diagonal: where little is known M stays near I.
 _DAMPING = 1e-4
 
@@ -62,12 +63,16 @@ class Compensation:
         self._copy = copy.deepcopy(chain.blocks[0])
 
     def input_of(self, group: tuple[Layer, ...]) -> CompressedInput:
-        """Second moments of what `group` reads, with everything installed so far."""
+        """Second moments of what `group` reads, with everything installed so far.
+
+        Raises UserError where they are not finite.
+        """
         self._go_to(group[0].index)
         n = group[0].n
         device = self._dense[0].device
         moment = SecondMoment(n, device)
-        crossed = torch.zeros(n, n, dtype=torch.float64, device=device)
+        crossed = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+        sequences = 0
         with (
             _inputs(self._dense_block, group[0]) as x,
             _inputs(self._copy, group[0]) as y,
@@ -79,25 +84,28 @@ class Compensation:
                         self._run(number, block, states)
                 keep = batch.mask.bool().reshape(-1).to(device)
                 rows_x, rows_y = (rows.pop().reshape(-1, n)[keep].float() for rows in (x, y))
-                moment.add(rows_y)
-                crossed += rows_x.T @ rows_y
-        shrunk = moment.shrunk()
-        H = shrunk.matrix
-        ridge = _DAMPING * H.diagonal().mean().clamp(min=1e-30) * torch.eye(n, dtype=H.dtype, device=device)
-        # H is moved towards its diagonal, which E[x y^T] shares only where x and y agree
-        seen = moment.mean() + ridge
-        M = torch.linalg.solve(seen, (crossed / max(1, moment.tokens) + ridge).T).T
+                half = half_of_rows(batch, sequences).to(device)
+                sequences += len(batch.ids)
+                moment.add(rows_y, half)
+                for index in range(2):
+                    crossed[index] += rows_x[half == index].T @ rows_y[half == index]
+        H = moment.shrunk().matrix
+        if not bool(torch.isfinite(H).all() and torch.isfinite(crossed).all()):
+            raise UserError(f"What {group[0].module} reads in the compressed model is not a finite number; "
+                            "raise the ratio, or pass --no-compensation.")
         eye = torch.eye(n, dtype=H.dtype, device=device)
-        return CompressedInput(H, (1 - BLEND) * eye + BLEND * M)
+        full = _map(moment.mean(), crossed.sum(0) / max(1, moment.tokens))
+        return CompressedInput(H, eye + _blend(moment, crossed) * (full - eye))
 
     def install(self, layer: Layer, W: torch.Tensor, stored: torch.Tensor) -> None:
         """Let the compressed flow compute with `stored`: [m, n], in the order of outputs of W, the
         layer in the base file."""
         module = self._copy.get_submodule(_within(layer))
         own = linear_weight(module, layer)
-        assert own is not None, layer.module
-        rows = matching_rows(W, own)
-        assert rows is not None, layer.module
+        rows = None if own is None else matching_rows(W, own)
+        if own is None or rows is None:
+            raise UserError(f"{layer.module} and {layer.tensor} of the base file do not hold the same rows; "
+                            "pass --no-compensation.")
         fitted = torch.empty_like(own)
         fitted[rows] = stored.to(own)
         weight = module.weight
@@ -121,6 +129,29 @@ class Compensation:
         return self._chain.run(self._index, states[number], self._recorded[number], block)
 
 
+def _map(H: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
+    """E[x y^T] E[y y^T]^-1 of H = E[y y^T] and crossed = E[x y^T]: [n, n], nearer I where H says little."""
+    n = len(H)
+    ridge = _DAMPING * H.diagonal().mean().clamp(min=1e-30) * torch.eye(n, dtype=H.dtype, device=H.device)
+    M: torch.Tensor = torch.linalg.solve(H + ridge, (crossed + ridge).T).T
+    return M
+
+
+def _blend(moment: SecondMoment, crossed: torch.Tensor) -> float:
+    """The share of M - I, in [0, 1], with the least E|x - y - share (M - I) y|^2 where M was fitted to
+    one half of the sample and the error is taken on the other."""
+    gain = curvature = 0.0
+    for index in range(2):
+        if not moment.count(0) or not moment.count(1):
+            return 0.0
+        H, other = moment.half_mean(index), moment.half_mean(1 - index)
+        means = [crossed[each] / moment.count(each) for each in (index, 1 - index)]
+        D = _map(H, means[0]) - torch.eye(len(H), dtype=H.dtype, device=H.device)
+        gain += float((D * (means[1] - other)).sum())
+        curvature += float(((D @ other) * D).sum())
+    return min(1.0, max(0.0, gain / curvature)) if curvature > 0 else 0.0
+
+
 def open_compensation(
     model: SourceModel, layers: LayerMap, calibration: CalibrationSet, weights: dict[str, torch.Tensor]
 ) -> Compensation | str:
@@ -132,7 +163,7 @@ def open_compensation(
     for layer in wanted:
         own = linear_weight(model.module.get_submodule(layer.module), layer)
         if own is None or (layer.tensor in weights and matching_rows(weights[layer.tensor], own) is None):
-            return f"{layer.module} is not stored as {layer.tensor} alone"
+            return f"{layer.module} and {layer.tensor} of the base file do not hold the same rows"
     return Compensation(model, chain, _enough(calibration.batches, max(layer.n for layer in wanted)))
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from skipcat_edge.errors import UserError
+
 from .rrqr import choose_skip_set
 
 # Relative to the mean of H's diagonal: makes directions that the calibration text never
@@ -88,18 +90,25 @@ class Whitening:
 
 
 def whiten(H: torch.Tensor) -> Whitening:
-    """The damped Cholesky factor of H: [n, n]; the damping grows tenfold until there is one."""
+    """The damped Cholesky factor of H: [n, n]; the damping grows tenfold until there is one.
+
+    Raises UserError where H is not finite, or far from positive semidefinite.
+    """
     H = H.double()
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    if not bool(torch.isfinite(H).all()):
+        raise UserError("The second moments of a layer's input are not finite numbers; calibrate again.")
     scale = float(H.diagonal().mean())
-    if scale == 0:
+    if scale <= 0:
         return Whitening(eye, 1.0)
     damping = DAMPING
-    while True:
+    # once the damping dominates, only a matrix that is no second moments at all can fail
+    while damping < 1e6:
         L, info = torch.linalg.cholesky_ex(H + damping * scale * eye)
         if int(info) == 0:
             return Whitening(L, damping)
         damping *= 10
+    raise UserError("The second moments of a layer's input are not those of any numbers; calibrate again.")
 
 
 @dataclass(frozen=True)
@@ -140,14 +149,6 @@ def decompose(C: torch.Tensor, L: torch.Tensor | None) -> Decomposition:
     values, vectors = torch.linalg.eigh(gram)
     # eigh's values ascend
     return Decomposition(C, L, values.flip(0).clamp(min=0), vectors.flip(1))
-
-
-def spectrum(C: torch.Tensor, L: torch.Tensor | None) -> torch.Tensor:
-    """`decompose(C, L).values` alone, which is several times cheaper."""
-    C = C.double()
-    M = C if L is None else C @ L
-    values: torch.Tensor = torch.linalg.eigvalsh(M @ M.T if len(C) <= C.shape[1] else M.T @ M)
-    return values.flip(0).clamp(min=0)
 
 
 def factorize(W: torch.Tensor, decomposition: Decomposition, rank: int, skip: bool) -> Factors:

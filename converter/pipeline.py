@@ -134,6 +134,8 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         result.kept = _kept(layers, plan)
+        if statistics is not None and options.method.compensate and options.compensate:
+            result.not_compensated = "no --calibration was given"
         if options.compensated and layers.groups:
             compressor.compensation, result.not_compensated = _compensation(
                 options, layers, weights.block(layers.groups[0][0].index), model, phase)
@@ -149,7 +151,8 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
 def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
     """The source model where it will be needed, before the base file, which takes longer: most of a
     user's mistakes show here."""
-    if options.stats is not None and options.stats.exists() and not options.compensated:
+    if (options.stats is not None and options.stats.exists() and options.method.whiten
+            and not options.compensated):
         return None
     if options.dense and options.calibration is None:
         return None
@@ -163,9 +166,9 @@ def _statistics(
 ) -> Statistics | None:
     if not options.calibrated or not options.method.whiten:
         return None
-    # a dense file needs none, but statistics that are kept should serve the next one
-    gradients = options.gradients and options.method.two_sided and (
-        not options.dense or (options.stats is not None and not options.stats.exists()))
+    # statistics that are kept should serve the next conversion, whatever its method
+    kept = options.stats is not None and not options.stats.exists()
+    gradients = options.gradients and (kept or (options.method.two_sided and not options.dense))
     calibration = CalibrationOptions(options.calibration, options.calib_tokens, options.seq_len, gradients,
                                      options.device, options.seed)
     path = options.stats or scratch / "statistics.safetensors"

@@ -73,7 +73,11 @@ def quantize_matrix(
             raise UserError("A weight is not a finite number; check the model.")
         if float(W.abs().max()) > _LARGEST:
             raise UserError(f"A weight is too large for the scales of {stored.name}; use --quant F32.")
-        return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
+        try:
+            return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
+        except ValueError as error:  # passed-on errors may grow past what a scale can hold
+            raise UserError(
+                f"A weight cannot be stored as {stored.name}: {error}; use --quant F32.") from None
     importances = H is not None and not supports_feedback(stored) and block_size(stored) > 1
     importance = _numpy(H.diagonal()) if importances and H is not None else None
     return QuantizedMatrix(quantize(_numpy(W), stored, importance), stored)

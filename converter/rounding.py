@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
+from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.library import quantize
 
 from .block_types import BLOCK_TYPES, BlockType
@@ -70,6 +71,8 @@ def round_with_feedback(
 def _damped(H: torch.Tensor) -> torch.Tensor:
     """H, float64, with a diagonal that makes it invertible; the identity where H is zero."""
     H = H.double()
+    if not bool(torch.isfinite(H).all()):
+        raise UserError("The second moments of a layer's input are not finite numbers; calibrate again.")
     mean = float(H.diagonal().mean())
     eye = torch.eye(len(H), dtype=torch.float64, device=H.device)
     return H + DAMPING * mean * eye if mean > 0 else eye

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Neighbouring tokens are correlated: the two halves of a sample take turns in runs of this many.
+# Where sequences are not known, the two halves of a sample take turns in runs of this many rows.
 _RUN = 64
 
 
@@ -32,10 +32,14 @@ class SecondMoment:
     def tokens(self) -> int:
         return sum(self._counts)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows: [tokens, n] in."""
-        start = self.tokens
-        half = (torch.arange(start, start + len(rows), device=rows.device) // _RUN) % 2
+    def add(self, rows: torch.Tensor, half: torch.Tensor | None = None) -> None:
+        """Take rows: [tokens, n] in; `half`: [tokens], 0 or 1, says which half each belongs to.
+
+        A sequence should be in one half whole: its tokens are correlated, and its first is often
+        far from all others.
+        """
+        if half is None:
+            half = (torch.arange(self.tokens, self.tokens + len(rows), device=rows.device) // _RUN) % 2
         for index in range(2):
             part = rows[half == index].float()
             self._sums[index] += part.T @ part
@@ -44,6 +48,14 @@ class SecondMoment:
     def mean(self) -> torch.Tensor:
         """E[v v^T]: [n, n], as seen."""
         return self._sums.sum(0) / max(1, self.tokens)
+
+    def half_mean(self, index: int) -> torch.Tensor:
+        """E[v v^T] over one half: [n, n]."""
+        return self._sums[index] / max(1, self._counts[index])
+
+    def count(self, index: int) -> int:
+        """Rows of one half."""
+        return self._counts[index]
 
     def shrunk(self, target: torch.Tensor | None = None) -> Shrunk:
         """The mean, shrunk towards `target`: [n, n] (None: its own diagonal).
@@ -62,6 +74,10 @@ class SecondMoment:
         if 0 in self._counts:
             return Shrunk(goal, 1.0, self.tokens)
         first, second = (self._sums[index] / self._counts[index] for index in range(2))
-        noise = float((first - second).square().sum()) * self._counts[0] * self._counts[1] / tokens**2
+        difference = first - second
+        if target is None:
+            # S and its own diagonal agree there, noise or not
+            difference.fill_diagonal_(0)
+        noise = float(difference.square().sum()) * self._counts[0] * self._counts[1] / tokens**2
         amount = min(1.0, noise / distance)
         return Shrunk((1 - amount) * S + amount * goal, amount, self.tokens)

@@ -95,4 +95,4 @@ def _pools_first_token(path: Path) -> bool:
         pooling = json.loads((path / "1_Pooling" / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(pooling.get("pooling_mode_cls_token", False))
+    return isinstance(pooling, dict) and bool(pooling.get("pooling_mode_cls_token", False))

@@ -18,7 +18,7 @@ import torch
 from skipcat_edge.errors import UserError
 
 from .block_chain import BlockChain, Recorded, find_chain, run_body, run_whole
-from .calibration import Batch, CalibrationSet
+from .calibration import Batch, CalibrationSet, half_of_rows
 from .layers import Layer, LayerMap, linear_weight
 from .losses import loss_of
 from .second_moments import SecondMoment
@@ -202,6 +202,8 @@ class _Collector:
                 if W is not None:
                     self._outputs[layer.tensor] = _Output(W)
         self._mask: torch.Tensor | None = None
+        self._half: torch.Tensor | None = None
+        self._sequences = 0
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -215,6 +217,8 @@ class _Collector:
     def start(self, batch: Batch) -> None:
         """Begin a batch: inputs of the one before are no longer the same input."""
         self._mask = batch.mask
+        self._half = half_of_rows(batch, self._sequences)
+        self._sequences += len(batch.ids)
         for total in self._inputs:
             total.seen = None
 
@@ -228,16 +232,16 @@ class _Collector:
         def hook(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
             if output.requires_grad:
                 take = self._outputs[tensor].add
-                output.register_hook(lambda gradient: take(self._real_rows(gradient)))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: take(*self._real_rows(gradient)))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _real_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., n] as rows, without those of padding."""
+    def _real_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x: [..., n] as rows without those of padding, and the half that each belongs to."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self._mask is not None and len(rows) == self._mask.numel():
-            rows = rows[self._mask.reshape(-1).bool().to(rows.device)]
-        return rows
+        if self._mask is None or self._half is None or len(rows) != self._mask.numel():
+            return rows, None
+        return rows[self._mask.reshape(-1).bool().to(rows.device)], self._half.to(rows.device)
 
     def _add_input(self, tensor: str, x: torch.Tensor) -> None:
         own = next((total for total in self._inputs if tensor in total.readers), None)
@@ -249,7 +253,7 @@ class _Collector:
             own.readers.add(tensor)
         if own.seen is None:
             own.seen = x
-            own.moment.add(self._real_rows(x))
+            own.moment.add(*self._real_rows(x))
         elif not own.is_input(x):
             raise UserError(
                 f"{self._layers[tensor].module} does not always read the same input as its group; "
@@ -302,10 +306,10 @@ class _Output:
         self.moment = SecondMoment(min(W.shape), W.device)
         self._diagonal = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take gradients: [tokens, m] in."""
+    def add(self, rows: torch.Tensor, half: torch.Tensor | None) -> None:
+        """Take gradients: [tokens, m] in; `half`: [tokens] as SecondMoment.add."""
         self._diagonal += rows.square().sum(0)
-        self.moment.add(rows if self.wide else rows @ self.W)
+        self.moment.add(rows if self.wide else rows @ self.W, half)
 
     def finish(self) -> OutputStatistics:
         W = self.W.double()

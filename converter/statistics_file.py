@@ -26,6 +26,7 @@ from .layers import Layer, LayerMap
 from .statistics import BlockStatistics, InputStatistics, LayerStatistics, OutputStatistics
 
 _FORMAT = "skipcat-statistics-1"
+_SOURCE_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt"})
 # Bytes of a model's files that are hashed at a time.
 _CHUNK = 1 << 22
 
@@ -66,7 +67,8 @@ class Statistics:
             names = set(file.keys())
             for group in (group for group in self.layers.groups if group[0].index == index):
                 first = group[0].tensor
-                shared = InputStatistics(file.get_tensor(f"{first}.H").double(), self.provenance.tokens,
+                H = self._finite(file.get_tensor(f"{first}.H"), first)
+                shared = InputStatistics(H, self.provenance.tokens,
                                          float(file.get_tensor(f"{first}.H.shrinkage")))
                 for layer in group:
                     output = None
@@ -75,11 +77,17 @@ class Statistics:
                             float(file.get_tensor(f"{layer.tensor}.C.{name}"))
                             for name in ("mean_weight", "shrinkage")
                         )
-                        C = file.get_tensor(f"{layer.tensor}.C").double()
+                        C = self._finite(file.get_tensor(f"{layer.tensor}.C"), layer.tensor)
                         output = OutputStatistics(C, mean_weight, shrinkage)
                     statistics[layer.tensor] = LayerStatistics(shared, output)
         return statistics
 
+
+    def _finite(self, matrix: torch.Tensor, tensor: str) -> torch.Tensor:
+        if not bool(torch.isfinite(matrix).all()):
+            raise UserError(f"{self.path}: the statistics of {tensor} are not finite numbers; "
+                            "remove the file and calibrate again.")
+        return matrix.double()
 
     def largest_shrinkage(self) -> float:
         """The most that any of the second moments was moved towards its diagonal, in [0, 1]."""
@@ -135,7 +143,8 @@ def write_statistics(
                 for layer in group:
                     output = statistics[layer.tensor].output
                     if layer.tensor in with_output:
-                        assert output is not None, layer.tensor
+                        if output is None:
+                            raise UserError(f"No gradient reaches {layer.module}; pass --no-grad.")
                         put(f"{layer.tensor}.C", output.C)
                         put(f"{layer.tensor}.C.mean_weight", output.mean_weight)
                         put(f"{layer.tensor}.C.shrinkage", output.shrinkage)
@@ -156,26 +165,47 @@ def read_statistics(path: Path, expected: Provenance) -> Statistics:
             raise ValueError("another kind of file")
         provenance = Provenance(**json.loads(metadata["provenance"]))
         groups = [tuple(Layer(**layer) for layer in group) for group in json.loads(metadata["groups"])]
-        layers = LayerMap(metadata["architecture"], groups, json.loads(metadata["dense"]))
+        layers = LayerMap(metadata["architecture"], groups, dict(json.loads(metadata["dense"])))
+        _check_tensors(path, layers)
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"{path} does not hold calibration statistics ({first_line(error)}); "
-                        "remove it, or name another file with --stats.") from None
+                        "name another file with --stats.") from None
     for field, word in _WORDS.items():
         wanted = getattr(expected, field)
         if wanted is not None and getattr(provenance, field) != wanted:
             raise UserError(f"{path} holds the statistics of another {word}; "
-                            "remove it, or name another file with --stats.")
+                            "name another file with --stats, or remove this one.")
     if expected.gradients and not provenance.gradients:
         raise UserError(f"{path} holds statistics without gradients; pass --no-grad, "
                         "or remove it so that they are taken.")
     return Statistics(path, provenance, layers)
 
 
-def source_sha256(source: Path) -> str:
-    """Hash of a Hugging Face directory's configuration, tokenizer and weights."""
+def _check_tensors(path: Path, layers: LayerMap) -> None:
+    """Raise ValueError where a tensor is missing or has another shape than `layers` says."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in layers.groups:
+        n = group[0].n
+        expected |= {f"{group[0].tensor}.H": (n, n), f"{group[0].tensor}.H.shrinkage": (1,)}
+        for layer in group:
+            name = f"{layer.tensor}.C"
+            if name in shapes:
+                expected[name] = min(layer.m, n), n
+                expected |= {f"{name}.{part}": (1,) for part in ("shrinkage", "mean_weight")}
+    wrong = sorted(name for name, shape in expected.items() if shapes.get(name) != shape)
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing or has another shape")
+
+
+def source_sha256(source: Path, statistics: Path | None = None) -> str:
+    """Hash of a Hugging Face directory's configuration, tokenizer and weights, without `statistics`,
+    which may lie there too."""
     digest = hashlib.sha256()
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".safetensors", ".bin", ".model", ".txt"}:
+    own = None if statistics is None else statistics.absolute()
+    for file in [*sorted(source.iterdir()), source / "1_Pooling" / "config.json"]:
+        if file.is_file() and file.absolute() != own and file.suffix in _SOURCE_FILES:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as data:
                 while chunk := data.read(_CHUNK):

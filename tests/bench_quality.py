@@ -55,7 +55,7 @@ AUTO = METHODS["auto"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "without compensation": {"compensate": False},
-    "no gradients, uniform ranks": {"gradients": False},
+    "one-sided statistics": {"method": replace(AUTO, two_sided=False)},
     "uniform allocation": {"allocation": "uniform"},
     "never Cat": {"method": replace(AUTO, share=False)},
     "always Skip": {"method": replace(AUTO, skip=True)},

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from skipcat_converter.factorize import DAMPING, METHODS, Factors, decompose, refit, spectrum, whiten  # noqa: E402
+from skipcat_converter.factorize import DAMPING, METHODS, Factors, decompose, refit, whiten  # noqa: E402
 from skipcat_converter.factorize import factorize as factorize_decomposed  # noqa: E402
 
 
@@ -104,7 +104,6 @@ def test_the_spectrum_is_the_decompositions() -> None:
         W, H = problem(m, n, 5)
         L = whiten(torch.from_numpy(H)).L
         sigma = np.linalg.svd(W @ L.numpy(), compute_uv=False)
-        np.testing.assert_allclose(spectrum(torch.from_numpy(W), L).numpy(), sigma**2, rtol=1e-8, atol=1e-12)
         np.testing.assert_allclose(decompose(torch.from_numpy(W), L).values.numpy(), sigma**2,
                                    rtol=1e-8, atol=1e-12)
 

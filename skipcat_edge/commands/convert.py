@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -40,7 +41,8 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 @click.option("--calibration", type=click.Path(path_type=Path),
               help="Text file that shows which inputs matter.")
 @click.option("--stats", type=click.Path(path_type=Path),
-              help="Keep the calibration's statistics in this file; where it exists, nothing is run.")
+              help="Keep the calibration's statistics in this file, or use those in it. Without "
+                   "--calibration the model is then not run at all.")
 @click.option("--no-compensation", is_flag=True,
               help="Do not run the model again to let later layers make up for earlier ones.")
 @click.option("--no-grad", is_flag=True, help="Calibrate without gradients: faster, and worse.")
@@ -86,6 +88,10 @@ def command(
         raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
     ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
+    if bpw is not None and not math.isfinite(bpw):
+        raise UserError("--bpw must be a finite number, for example 3.6.")
+    if stats is not None and stats.absolute() == output.absolute():
+        raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
     size = None if budget is None else parse_size(budget)
     low_rank = ratio < 1 or budget is not None or bpw is not None
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
@@ -103,7 +109,10 @@ def command(
         require_calibration(KNOWN[method], calibration)
     if stats is not None and not stats.exists():
         check_output(stats, force=False)
-    if no_grad and KNOWN[method].two_sided and low_rank:
+    if stats is not None and not stats.exists() and calibration is None:
+        raise UserError(f"{stats} does not exist, and there is no text to take statistics from; "
+                        "pass --calibration FILE.")
+    if no_grad and KNOWN[method].two_sided and low_rank and allocation is None:
         click.echo("Without gradients nothing tells which layers the loss depends on: ranks become uniform, "
                    "and quality falls to about that of --method skipcat (docs/quality.md).", err=True)
     from skipcat_edge.gguf_file import open_gguf
