@@ -43,6 +43,8 @@ class CompressedInput:
     """E[y y^T]: [n, n], float64, shrunk as the statistics are."""
     M: torch.Tensor
     """[n, n]: the layers' target is W M."""
+    blend: float
+    """In [0, 1]."""
 
 
 class _SeenError(Exception):
@@ -95,7 +97,8 @@ class Compensation:
                             "raise the ratio, or pass --no-compensation.")
         eye = torch.eye(n, dtype=H.dtype, device=device)
         full = _map(moment.mean(), crossed.sum(0) / max(1, moment.tokens))
-        return CompressedInput(H, eye + _blend(moment, crossed) * (full - eye))
+        blend = best_blend(moment, crossed)
+        return CompressedInput(H, eye + blend * (full - eye), blend)
 
     def install(self, layer: Layer, W: torch.Tensor, stored: torch.Tensor) -> None:
         """Let the compressed flow compute with `stored`: [m, n], in the order of outputs of W, the
@@ -137,9 +140,12 @@ def _map(H: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
     return M
 
 
-def _blend(moment: SecondMoment, crossed: torch.Tensor) -> float:
+def best_blend(moment: SecondMoment, crossed: torch.Tensor) -> float:
     """The share of M - I, in [0, 1], with the least E|x - y - share (M - I) y|^2 where M was fitted to
-    one half of the sample and the error is taken on the other."""
+    one half of the sample and the error is taken on the other.
+
+    `moment`: of y; `crossed`: the halves' sums of x y^T, [2, n, n].
+    """
     gain = curvature = 0.0
     for index in range(2):
         if not moment.count(0) or not moment.count(1):

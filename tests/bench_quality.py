@@ -292,7 +292,8 @@ def read_results(path: Path) -> dict[Job, dict[str, Any]]:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: docs, or CACHE/quick with --quick.")
 @click.option("--cache", type=click.Path(path_type=Path), default=ROOT / "build" / "quality",
               help="Default: build/quality.")
-def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path) -> None:
+@click.option("--report-only", is_flag=True, help="Write the page from the results that are there.")
+def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path, report_only: bool) -> None:
     needs = {SHARED / "text": "the shared data is needed", QUANTIZE: "run make native-tools"}
     for needed, remedy in needs.items():
         if not needed.exists():
@@ -306,7 +307,7 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path) ->
     chosen = models or (MODELS[:1] if quick else MODELS)
     wanted = {name: jobs_of(name, quick) for name in chosen}
     with new_progress() as progress:
-        for name, jobs in wanted.items():
+        for name, jobs in ({} if report_only else wanted).items():
             task = progress.add_task(name, total=len(jobs))
             bench = Bench(name, cache, scale)
             if any(job not in known for job in jobs):
@@ -322,7 +323,7 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path) ->
                         file.write(json.dumps(known[job]) + "\n")
                 progress.advance(task)
             progress.update(task, description=name)
-    rows = {name: [known[job] for job in jobs] for name, jobs in wanted.items()}
+    rows = {name: [known[job] for job in jobs if job in known] for name, jobs in wanted.items()}
     click.echo(write_report(out, rows, asdict(scale)))
 
 
