@@ -324,7 +324,8 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path, re
                 progress.advance(task)
             progress.update(task, description=name)
     rows = {name: [known[job] for job in jobs if job in known] for name, jobs in wanted.items()}
-    click.echo(write_report(out, rows, asdict(scale)))
+    missing = {name: len(jobs) - len(rows[name]) for name, jobs in wanted.items()}
+    click.echo(write_report(out, rows, asdict(scale), missing))
 
 
 if __name__ == "__main__":

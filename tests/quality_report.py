@@ -25,11 +25,20 @@ _STYLES = {
 }
 
 
-def write_report(out: Path, results: Mapping[str, Sequence[Row]], scale: Mapping[str, Any]) -> Path:
-    """Write quality.md and a picture per model to `out`; returns the page's path."""
+def write_report(out: Path, results: Mapping[str, Sequence[Row]], scale: Mapping[str, Any],
+                 missing: Mapping[str, int]) -> Path:
+    """Write quality.md and a picture per model to `out`; returns the page's path.
+
+    `missing`: files of each model's plan that have not been measured yet.
+    """
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Quality by size", "", _protocol(scale)]
+    unfinished = [f"{count} of {model}" for model, count in missing.items() if count]
+    if unfinished:
+        parts += ["", f"**Unfinished run**: not measured yet are {', '.join(unfinished)}."]
     for model, rows in results.items():
+        if not rows:
+            continue
         measured = [row for row in rows if not row["variant"]]
         picture = out / f"quality-{model}.png"
         draw(picture, model, [row for row in measured if "skipped" not in row])
@@ -150,7 +159,7 @@ def _verdicts(results: Mapping[str, Sequence[Row]]) -> list[str]:
         rows = [row for row in all_rows if "skipped" not in row and not row["variant"]]
         low = [row for row in rows if row["kind"] == LOW_RANK]
         if not low:
-            lines += [f"**{model}**: no low-rank file could be made.", ""]
+            lines += [f"**{model}**: no low-rank file could be made.", ""] if all_rows else []
             continue
         kinds = (PLAIN, IMATRIX, FEEDBACK)
         best = [{kind: _best(rows, kind, each["bytes"]) for kind in kinds} for each in low]
