@@ -159,7 +159,8 @@ def _verdicts(results: Mapping[str, Sequence[Row]]) -> list[str]:
         rows = [row for row in all_rows if "skipped" not in row and not row["variant"]]
         low = [row for row in rows if row["kind"] == LOW_RANK]
         if not low:
-            lines += [f"**{model}**: no low-rank file could be made.", ""] if all_rows else []
+            tried = any(row["kind"] == LOW_RANK for row in all_rows)
+            lines += [f"**{model}**: no low-rank file could be made.", ""] if tried else []
             continue
         kinds = (PLAIN, IMATRIX, FEEDBACK)
         best = [{kind: _best(rows, kind, each["bytes"]) for kind in kinds} for each in low]

@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 from llama_cpp import Llama
 
-from skipcat_edge.format import is_low_rank, read_owners
-from skipcat_edge.gguf_file import open_gguf
+from skipcat_edge.inspection import inspect
 from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
 
 PROMPT = "Once upon a time, there was a little fox who"
@@ -19,11 +18,9 @@ PROMPT = "Once upon a time, there was a little fox who"
 
 def size_row(path: Path, dense_size: int) -> tuple[str, ...]:
     """File, kept parameters of the linear layers, size, size beside the dense file's."""
-    reader = open_gguf(path)
-    owners = read_owners(reader)
-    kept = sum(o.parameters for o in owners) / sum(o.m * o.n for o in owners) if is_low_rank(reader) else 1.0
-    size = path.stat().st_size
-    return path.name, f"{kept:.2f}", decimal_bytes(size), f"{size / dense_size:.2f}"
+    found = inspect(path)
+    size = found.file_bytes
+    return path.name, f"{found.totals.ratio:.2f}", decimal_bytes(size), f"{size / dense_size:.2f}"
 
 
 @click.command()
