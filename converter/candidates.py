@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from skipcat_edge import format as fmt
 
 from .compensation import CompressedInput
-from .factorize import Decomposition, Factors, Method, decompose, factorize, refit, whiten
+from .factorize import Decomposition, Method, decompose, factorize, multiplied_out, refit, whiten
 from .layers import Layer
 from .quantized import Rounding, quantize_matrix
 from .statistics import BlockStatistics
@@ -181,7 +181,7 @@ def _rounding_loss(
         rest = keep.nonzero()[:, 0]
     H_T = H if rest is None else H[rest][:, rest]
     T = quantize_matrix(factors.T, H_T, type_, rounding.feedback).dequantized().to(H)
-    A = Factors(T, factors.B, factors.skip, 0.0).projection(n)
+    A = multiplied_out(T, factors.skip, n)
     fitted = refit(owner.C, A, owner.L) @ A
     cut = _squares(owner.C - fitted, owner.L)
     B = refit(owner.W, A, owner.L)

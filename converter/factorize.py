@@ -69,14 +69,19 @@ class Factors:
 
     def projection(self, n: int) -> torch.Tensor:
         """A: [r, n] multiplied out."""
-        if self.skip is None:
-            return self.T
-        A = self.T.new_zeros(self.rank, n)
-        is_skip = torch.zeros(n, dtype=torch.bool, device=self.T.device)
-        is_skip[self.skip] = True
-        A[:, is_skip] = torch.eye(self.rank, dtype=A.dtype, device=A.device)
-        A[:, ~is_skip] = self.T
-        return A
+        return multiplied_out(self.T, self.skip, n)
+
+
+def multiplied_out(T: torch.Tensor, skip: torch.Tensor | None, n: int) -> torch.Tensor:
+    """A: [r, n] of T: [r, n - r] and the skip set [r]; T itself where `skip` is None."""
+    if skip is None:
+        return T
+    A = T.new_zeros(len(T), n)
+    is_skip = torch.zeros(n, dtype=torch.bool, device=T.device)
+    is_skip[skip] = True
+    A[:, is_skip] = torch.eye(len(T), dtype=A.dtype, device=A.device)
+    A[:, ~is_skip] = T
+    return A
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def factorize(W: torch.Tensor, decomposition: Decomposition, rank: int, skip: bo
     chosen = None
     if skip:
         chosen = choose_skip_set(A)
-        A = Factors(chosen.T, chosen.T, chosen.skip, 0.0).projection(A.shape[1])
+        A = multiplied_out(chosen.T, chosen.skip, A.shape[1])
     total = float(decomposition.values.sum())
     error = float(decomposition.values[rank:].sum()) / total if total > 0 else 0.0
     B = refit(W, A, decomposition.L)

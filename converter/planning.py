@@ -14,7 +14,7 @@ from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 
 from .allocation import BudgetError, Cost, Groups, allocate
-from .candidates import Candidate, Form, Problem, alternatives, measure, problem
+from .candidates import Candidate, Form, alternatives, measure, problem
 from .factorize import Method
 from .layers import Layer, LayerMap
 from .named_allocations import RULES, allocate_by_rule
@@ -60,7 +60,7 @@ def measure_groups(
     for block in sorted({group[0].index for group in layers.groups}):
         W, entries = weights(block), statistics(block)
         for group in (group for group in layers.groups if group[0].index == block):
-            unit = _unit(problem(group, W, entries, method), entries, method)
+            unit = _unit(group, W, entries, method)
             groups.append([
                 [
                     measure(problem(members, W, entries, method), members, type_, method, rounding, unit)
@@ -72,12 +72,14 @@ def measure_groups(
     return groups
 
 
-def _unit(group: Problem, entries: BlockStatistics, method: Method) -> float:
+def _unit(
+    group: tuple[Layer, ...], W: Mapping[str, torch.Tensor], entries: BlockStatistics, method: Method
+) -> float:
     """1 where losses are the model's. Without gradients those of different groups have no common unit;
     they become shares of the loss of leaving the group out."""
     if method.two_sided and any(entry.output is not None for entry in entries.values()):
         return 1.0
-    return 1 / max(group.total(), 1e-300)
+    return 1 / max(problem(group, W, entries, method).total(), 1e-300)
 
 
 def make_plan(

@@ -12,7 +12,7 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.format import block_size, factor_type
 from skipcat_edge.runtime.library import quantize
 
-from .factorize import Factors, refit, whiten
+from .factorize import Factors, multiplied_out, refit, whiten
 from .rounding import round_with_feedback, supports_feedback
 
 # Scales and offsets are float16; a weight of this size or less has both in every type.
@@ -54,7 +54,7 @@ class QuantizedFactors:
         T = self.T.dequantized()
         if self.skip is not None:
             skip = torch.from_numpy(np.flatnonzero(self.skip))
-            T = Factors(T, T, skip, 0.0).projection(len(self.skip))
+            T = multiplied_out(T, skip, len(self.skip))
         return tuple(part.dequantized() @ T for part in self.B)
 
 
@@ -107,7 +107,7 @@ def quantize_factors(
     T = quantize_matrix(factors.T, H_T, type_, rounding.feedback)
     B, H_z = factors.B, None
     if H is not None:
-        A = Factors(T.dequantized().to(H), factors.B, factors.skip, 0.0).projection(n)
+        A = multiplied_out(T.dequantized().to(H), factors.skip, n)
         H_z = A @ H @ A.T
         if rounding.refit:
             B = refit(W.to(H), A, whiten(H).L)
