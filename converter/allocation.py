@@ -51,10 +51,7 @@ def allocate(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | 
 
     `skip` None: decided by loss and cost. Raises BudgetError if even the lowest ranks cost more.
     """
-    tables = [
-        [[_options(candidate, cost, grid, skip) for candidate in alternative] for alternative in group]
-        for group in groups
-    ]
+    tables = _tables(groups, cost, grid, skip)
     chosen = _at_multiplier(tables, float("inf"))
     if _total(chosen) > budget:
         raise BudgetError(_total(chosen), budget)
@@ -67,6 +64,18 @@ def allocate(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | 
         else:
             low = middle
     return _plan(_filled(chosen, budget))
+
+
+def least_cost(groups: Groups, cost: Cost, grid: int, skip: bool | None = None) -> float:
+    """The lowest budget that `allocate` takes."""
+    return _total(_at_multiplier(_tables(groups, cost, grid, skip), float("inf")))
+
+
+def _tables(groups: Groups, cost: Cost, grid: int, skip: bool | None) -> list[list[list[_Options]]]:
+    return [
+        [[_options(candidate, cost, grid, skip) for candidate in alternative] for alternative in group]
+        for group in groups
+    ]
 
 
 def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None) -> _Options:

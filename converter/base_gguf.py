@@ -11,9 +11,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from gguf import GGMLQuantizationType, GGUFReader
+
+from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
+
+Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
+"""Opens a progress display (title, total) and gives the function that advances it."""
+
+_EXACT = {GGMLQuantizationType.F32: "f32", GGMLQuantizationType.BF16: "bf16"}
 
 _PROGRESS = re.compile(r"Writing:\s+(\d+)%")
 
@@ -45,3 +54,32 @@ def write_base(source: Path, out: Path, out_type: str, tree: Path, name: str | N
                 last = line.strip()
     if process.returncode:
         raise UserError(f"llama.cpp's converter cannot convert {source}: {last}")
+
+
+def open_base(
+    path: Path | None, source: Path, scratch: Path, type_: GGMLQuantizationType, tree: Path, phase: Phase,
+    name: str | None = None,
+) -> GGUFReader:
+    """The dense file at `path`; None: one that is made of `source` in the folder `scratch`, in F16 unless
+    `type_` needs more.
+
+    Raises UserError where it is low-rank already, or one part of several.
+    """
+    if path is None:
+        path = scratch / "base.gguf"
+        with phase("Converting to GGUF", 100) as advance:
+            done = 0
+
+            def to(percent: int) -> None:
+                nonlocal done
+                advance(percent - done)
+                done = percent
+
+            write_base(source, path, _EXACT.get(type_, "f16"), tree, name, to)
+            to(100)
+    reader = GGUFReader(path)
+    if fmt.is_low_rank(reader):
+        raise UserError(f"{path} is low-rank already; give a dense base file.")
+    if int(fmt.field_value(reader, "split.count") or 1) > 1:
+        raise UserError(f"{path} is one part of a split file; merge the parts with llama-gguf-split first.")
+    return reader

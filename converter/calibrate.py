@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,15 +12,13 @@ from gguf import GGUFReader
 from skipcat_edge.errors import UserError
 from skipcat_edge.output import atomic_output
 
-from .calibration import load_calibration
+from .base_gguf import Phase
+from .calibration import DEFAULT_SEQ_LEN, DEFAULT_TOKENS, load_calibration
 from .layers import LayerMap, keeps_input_order, linear_weight, map_layers
 from .source_model import SourceModel, load_source
 from .statistics import block_statistics, split_by_input
 from .statistics_file import Provenance, Statistics, read_statistics, source_sha256, write_statistics
 from .writer import read_weight
-
-Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
-"""Opens a progress display (title, total) and gives the function that advances it."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,11 @@ def obtain_statistics(
     with phase("Reading the model", 1) as advance:
         digest = source_sha256(source, path)
         advance(1)
-    expected = Provenance(digest, _text_sha256(options.text), 0, options.seq_len, options.tokens,
-                          options.gradients, options.seed)
+    expected = Provenance(digest, None, 0, None, None, options.gradients, None)
+    if options.text is not None:
+        expected = Provenance(
+            digest, _text_sha256(options.text), 0, options.seq_len or DEFAULT_SEQ_LEN,
+            DEFAULT_TOKENS if options.tokens is None else options.tokens, options.gradients, options.seed)
     if path.exists():
         statistics = read_statistics(path, expected)
         _check_shapes(statistics, reader, path)
@@ -66,8 +65,7 @@ def obtain_statistics(
     blocks = sorted({group[0].index for group in layers.groups})
     if not blocks:
         raise UserError(f"{model.name} has no linear layers that the runtime factors.")
-    provenance = Provenance(expected.source_sha256, calibration.sha256, calibration.tokens, options.seq_len,
-                            options.tokens, options.gradients, options.seed)
+    provenance = replace(expected, text_sha256=calibration.sha256, tokens=calibration.tokens)
     with_output = set() if not options.gradients else {
         layer.tensor for group in layers.groups for layer in group
         if linear_weight(model.module.get_submodule(layer.module), layer) is not None
@@ -119,9 +117,7 @@ def _check_shapes(statistics: Statistics, reader: GGUFReader, path: Path) -> Non
                             "base file does not have; give the base file of the same model.")
 
 
-def _text_sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
+def _text_sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType
 from skipcat_edge import format as fmt
 
 from .compensation import CompressedInput
-from .factorize import Decomposition, Method, decompose, factorize, multiplied_out, refit, whiten
+from .factorize import Decomposition, Method, decompose, factorize, refit, whiten
 from .layers import Layer
-from .quantized import Rounding, quantize_matrix
+from .quantized import Rounding, quantize_factors, quantize_matrix
 from .statistics import BlockStatistics
 
 # From this many bits on, rounding with feedback costs too little to choose by.
@@ -64,9 +64,9 @@ class Problem:
     C: torch.Tensor
     """[k, n], with C^T C = W^T G W; W itself where no gradient counts."""
     H: torch.Tensor | None
-    """[n, n]"""
+    """[n, n]; None: the inputs do not count."""
     L: torch.Tensor | None
-    """[n, n], H's whitening; None: the inputs do not count."""
+    """[n, n], H's whitening."""
     damping: float
     weights: torch.Tensor
     """[m], the mean of each layer's diagonal of G; ones where no gradient counts."""
@@ -93,18 +93,17 @@ def problem(
     """
     W = torch.cat([weights[layer.tensor] for layer in members]).double()
     ones = torch.ones(len(W), dtype=torch.float64, device=W.device)
-    if not statistics:
+    if not statistics or not method.whiten:
         return Problem(W, W, None, None, 0.0, ones)
     entries = [statistics[layer.tensor] for layer in members]
     H, M = entries[0].input.H.to(W), None
     if compressed is not None:
         H, M = compressed.H.to(W), compressed.M.to(W)
         W = W @ M
-    whitening = whiten(H) if method.whiten else None
-    L, damping = (None, 0.0) if whitening is None else (whitening.L, whitening.damping)
+    whitening = whiten(H)
     known = [entry.output.mean_weight for entry in statistics.values() if entry.output is not None]
     if not method.two_sided or not known:
-        return Problem(W, W, H, L, damping, ones)
+        return Problem(W, W, H, whitening.L, whitening.damping, ones)
     # a layer that is only a part of its module has no C of its own; it gets its block's mean weight
     C, means = [], []
     for layer, part in zip(members, torch.split(W, [layer.m for layer in members]), strict=True):
@@ -113,7 +112,7 @@ def problem(
         own = mean**0.5 * part if output is None else output.C.to(W) if M is None else output.C.to(W) @ M
         C.append(own)
         means.append(torch.full((layer.m,), mean, dtype=torch.float64, device=W.device))
-    return Problem(W, torch.cat(C), H, L, damping, torch.cat(means))
+    return Problem(W, torch.cat(C), H, whitening.L, whitening.damping, torch.cat(means))
 
 
 def alternatives(group: tuple[Layer, ...], share: bool | None) -> Iterator[list[tuple[Layer, ...]]]:
@@ -136,6 +135,8 @@ def measure(
     in units of `unit`."""
     decomposition = owner.decomposition()
     values = decomposition.values
+    # its forms and ranks compare alike without the sweeps, which take most of the time
+    rounding = replace(rounding, sweeps=0)
     losses: dict[Form, tuple[np.ndarray, np.ndarray]] = {}
     if bits(type_) < _EXACT_BITS and owner.H is not None:
         losses[None] = np.zeros(1), np.array([_dense_loss(owner, type_, rounding) * unit])
@@ -170,31 +171,22 @@ def _rounding_loss(
     Rounding A is seen in full, as B is fitted to it: W - B A = W (I - X A), so that C stands in for
     G. Rounding B leaves noise that G's mean weighs.
     """
-    factors = factorize(owner.W, decomposition, rank, skip)
     H = owner.H
     assert H is not None
-    n = owner.W.shape[1]
-    rest = None
-    if factors.skip is not None:
-        keep = torch.ones(n, dtype=torch.bool, device=H.device)
-        keep[factors.skip] = False
-        rest = keep.nonzero()[:, 0]
-    H_T = H if rest is None else H[rest][:, rest]
-    T = quantize_matrix(factors.T, H_T, type_, rounding.feedback).dequantized().to(H)
-    A = multiplied_out(T, factors.skip, n)
-    fitted = refit(owner.C, A, owner.L) @ A
-    cut = _squares(owner.C - fitted, owner.L)
-    B = refit(owner.W, A, owner.L)
-    H_z = A @ H @ A.T
-    noise = B - quantize_matrix(B, H_z, type_, rounding.feedback).dequantized().to(H)
+    factors = factorize(owner.W, decomposition, rank, skip)
+    stored = quantize_factors(factors, owner.W, H, (len(owner.W),), type_, rounding)
+    A = stored.projection().to(H)
+    cut = _squares(owner.C - refit(owner.C, A, owner.L) @ A, owner.L)
     exact = float(decomposition.values[rank:].sum())
-    return max(0.0, cut - exact) + float(((noise @ H_z * noise).sum(1) * owner.weights).sum())
+    noise = refit(owner.W, A, owner.L) - stored.B[0].dequantized().to(H)
+    rounded = float(((noise @ (A @ H @ A.T) * noise).sum(1) * owner.weights).sum())
+    return max(0.0, cut - exact) + rounded
 
 
 def _dense_loss(owner: Problem, type_: GGMLQuantizationType, rounding: Rounding) -> float:
     H = owner.H
     assert H is not None
-    noise = owner.W - quantize_matrix(owner.W, H, type_, rounding.feedback).dequantized().to(H)
+    noise = owner.W - quantize_matrix(owner.W, H, type_, rounding).dequantized().to(H)
     return float(((noise @ H * noise).sum(1) * owner.weights).sum())
 
 

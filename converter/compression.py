@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,6 +86,11 @@ class Compressor:
             self._entries = block, self.statistics.block(block)
         return self._entries[1]
 
+    @property
+    def calibrated(self) -> Container[str]:
+        """The tensors whose inputs have statistics."""
+        return () if self.statistics is None else self.weights.layers
+
     def compress(self, layout: Layout) -> Callable[[PlannedOwner | Slot], list[np.ndarray] | None]:
         """What `write_file` asks for an item's bytes; None: it is rounded plainly."""
         owners = [item for item in layout.order if isinstance(item, PlannedOwner)]
@@ -124,9 +129,8 @@ class Compressor:
             self.damped[first.tensor] = own.damping
         try:
             factors = factorize(own.W, own.decomposition(), owner.rank, owner.skip)
-            # without whitening nothing of the statistics enters: the baseline of plain SVD
-            H = own.H if self.method.whiten else None
-            quantized = quantize_factors(factors, own.W, H, owner.outputs, self.types.linear, self.rounding)
+            quantized = quantize_factors(factors, own.W, own.H, owner.outputs, self.types.linear,
+                                         self.rounding)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{first.tensor} cannot be factored: {error}; "
                             "use more calibration tokens or a lower ratio.") from None
@@ -145,7 +149,7 @@ class Compressor:
             return
         H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H
         target = W if compressed is None else (W.double() @ compressed.M.to(W.device)).float()
-        matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding.feedback)
+        matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding)
         assert matrix.type == slot.type, (slot.name, matrix.type, slot.type)
         self._done[layer.tensor] = [matrix.data]
         if self.compensation is not None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.output import atomic_output
 
-from .base_gguf import write_base
-from .calibrate import CalibrationOptions, Phase, checked_layers, load_model, obtain_statistics
+from .base_gguf import Phase, open_base
+from .calibrate import CalibrationOptions, checked_layers, load_model, obtain_statistics
 from .calibration import load_calibration, require_calibration
 from .compensation import Compensation, open_compensation
 from .compression import Compressor, OwnerReport, Weights
@@ -77,6 +77,11 @@ class ConvertOptions:
         return self.compensate and self.calibration is not None and self.method.compensate
 
     @property
+    def two_sided(self) -> bool:
+        """Gradients say what matters."""
+        return self.method.two_sided or self.allocation == "flrc"
+
+    @property
     def calibrated(self) -> bool:
         """There are statistics to convert by."""
         return self.calibration is not None or self.stats is not None
@@ -107,6 +112,9 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
     Raises UserError for bad input; see each stage.
     """
     torch.manual_seed(options.seed)
+    if options.allocation == "flrc" and not (options.gradients and options.method.whiten):
+        raise UserError("--allocation flrc weighs projections by gradients of the calibration text; "
+                        "leave out --no-grad, and choose a --method other than svd.")
     if not options.gradients:
         # gradients that kept statistics may hold are not looked at either
         one_sided = replace(options.method, two_sided=False, allocation="uniform")
@@ -117,8 +125,8 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
     ):
         result = ConvertResult()
         model = _load_early(options, phase)
-        reader = GGUFReader(options.base or _make_base(options, Path(scratch), phase))
-        _check_base(reader, options.base)
+        reader = open_base(options.base, options.source, Path(scratch), options.types.linear, options.tree,
+                           phase, options.source_name)
         statistics = _statistics(options, reader, Path(scratch), phase, model)
         if statistics is not None:
             layers = statistics.layers
@@ -168,35 +176,11 @@ def _statistics(
         return None
     # statistics that are kept should serve the next conversion, whatever its method
     kept = options.stats is not None and not options.stats.exists()
-    gradients = options.gradients and (kept or (options.method.two_sided and not options.dense))
+    gradients = options.gradients and (kept or (options.two_sided and not options.dense))
     calibration = CalibrationOptions(options.calibration, options.calib_tokens, options.seq_len, gradients,
                                      options.device, options.seed)
     path = options.stats or scratch / "statistics.safetensors"
     return obtain_statistics(options.source, reader, options.tree, calibration, path, phase, model)
-
-
-def _check_base(reader: GGUFReader, path: Path | None) -> None:
-    if fmt.is_low_rank(reader):
-        raise UserError(f"{path} is low-rank already; give a dense base file.")
-    if int(fmt.field_value(reader, "split.count") or 1) > 1:
-        raise UserError(f"{path} is one part of a split file; merge the parts with llama-gguf-split first.")
-
-
-def _make_base(options: ConvertOptions, scratch: Path, phase: Phase) -> Path:
-    out = scratch / "base.gguf"
-    exact = {GGMLQuantizationType.F32: "f32", GGMLQuantizationType.BF16: "bf16"}
-    out_type = exact.get(options.types.linear, "f16")
-    with phase("Converting to GGUF", 100) as advance:
-        done = 0
-
-        def to(percent: int) -> None:
-            nonlocal done
-            advance(percent - done)
-            done = percent
-
-        write_base(options.source, out, out_type, options.tree, options.source_name, to)
-        to(100)
-    return out
 
 
 def _compensation(
@@ -222,10 +206,10 @@ def _plan(
         # the papers' rule; it needs no spectra
         plan = plan_uniform(layers.groups, method, options.ratio, grid)
     else:
-        rounding = options.rounding
+        measured = replace(method, two_sided=options.two_sided)
         with phase("Measuring layers", len(layers.groups)) as advance:
-            groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, method,
-                                    rounding, lambda: advance(1))
+            groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, measured,
+                                    options.rounding, lambda: advance(1))
         plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
         reasons = Counter({**layers.dense, **plan.dense}.values()).most_common(1)
@@ -258,7 +242,7 @@ def _write(
     options: ConvertOptions, reader: GGUFReader, layers: LayerMap, plan: Plan, compressor: Compressor,
     partial: Path, phase: Phase,
 ) -> None:
-    layout = make_layout(reader, plan.owners, options.types)
+    layout = make_layout(reader, plan.owners, options.types, compressor.calibrated)
     if plan.owners:
         # what was asked; what came out where bytes were asked for
         by_ratio = options.budget is None and options.bpw is None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 
-from .allocation import BudgetError, Cost, Groups, allocate
+from .allocation import BudgetError, Cost, Groups, allocate, least_cost
 from .candidates import Candidate, Form, alternatives, measure, problem
 from .factorize import Method
 from .layers import Layer, LayerMap
@@ -97,7 +98,7 @@ def make_plan(
         if allocation == "loss":
             return allocate(groups, total, cost, grid, method.skip)
         if allocation == "uniform" and None in (method.share, method.skip):
-            return _each_group(groups, total / cost_of_all(layers, cost), cost, grid, method.skip)
+            return _each_group(groups, total, cost, grid, method.skip)
         skip = method.skip if method.skip is not None else type_ in _WIDE
         candidates = [candidate for group in groups for candidate in group[0 if method.share else -1]]
         return allocate_by_rule(candidates, RULES[allocation], total, cost, grid, skip)
@@ -145,26 +146,30 @@ def _bytes_cost(type_: GGMLQuantizationType) -> Cost:
     return nbytes
 
 
-def _each_group(groups: Groups, share: float, cost: Cost, grid: int, skip: bool | None) -> Plan:
-    """The same share of its dense cost for every group, whose best form is chosen.
+def _each_group(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | None) -> Plan:
+    """The same share of its dense cost for every group, or the least it can have, in its best form.
 
-    Raises BudgetError where groups that cannot be that small make the whole too large.
+    Raises BudgetError where even the least is too much.
     """
-    plans = []
-    for group in groups:
-        layers = [layer for candidate in group[-1] for layer in candidate.members]
-        try:
-            plans.append(allocate([group], share * cost_of_all(layers, cost), cost, grid, skip))
-        except BudgetError:
-            reason = f"no rank on the grid of {grid} keeps {share:.3g} of it"
-            plans.append(Plan([], {layer.tensor: reason for layer in layers}, 0.0))
-    total = sum(cost(owner.members, owner.rank, owner.skip) for plan in plans for owner in plan.owners)
-    of_all = [layer for group in groups for candidate in group[-1] for layer in candidate.members]
-    left_dense = {name for plan in plans for name in plan.dense}
-    total += sum(cost((layer,), 0, None) for layer in of_all if layer.tensor in left_dense)
-    budget = share * cost_of_all(of_all, cost)
-    if total > budget * (1 + 1e-9):
-        raise BudgetError(total, budget)
+    dense = [cost_of_all([layer for candidate in group[-1] for layer in candidate.members], cost)
+             for group in groups]
+    least = [least_cost([group], cost, grid, skip) for group in groups]
+    if sum(least) > budget:
+        raise BudgetError(sum(least), budget)
+
+    def limits(share: float) -> list[float]:
+        return [max(share * whole, floor) for whole, floor in zip(dense, least, strict=True)]
+
+    low, share = 0.0, budget / sum(dense)
+    if sum(limits(share)) > budget:
+        # some groups need more than their share
+        high = share
+        for _ in range(_BISECTIONS):
+            share = (low + high) / 2
+            low, high = (share, high) if sum(limits(share)) <= budget else (low, share)
+        share = low
+    plans = [allocate([group], limit, cost, grid, skip)
+             for group, limit in zip(groups, limits(share), strict=True)]
     return Plan([owner for plan in plans for owner in plan.owners],
                 {name: reason for plan in plans for name, reason in plan.dense.items()},
                 sum(plan.loss or 0.0 for plan in plans))
@@ -180,6 +185,8 @@ def _least(budget: Budget, least: float, layers: Sequence[Layer]) -> str:
     return f"{math.ceil(least + budget.fixed_bytes):,} bytes"
 
 
+_BISECTIONS = 60
+
 # GGUF's default; a file's tensors begin at its multiples.
 _ALIGNMENT = 32
 
@@ -188,9 +195,16 @@ _WIDE = frozenset({
 })  # fmt: skip
 
 
-def plans_for_ratios(
-    groups: Groups, method: Method, ratios: Sequence[float], type_: GGMLQuantizationType
-) -> Iterator[tuple[float, Plan]]:
-    """One plan for each of `ratios`, from the same measurements."""
-    for ratio in ratios:
-        yield ratio, make_plan(groups, method, "loss", Budget("ratio", ratio), type_)
+def dense_plan(groups: Groups) -> Plan:
+    """Nothing is factored."""
+    candidates = [candidate for group in groups for candidate in group[-1]]
+    loss = sum(float(candidate.losses(np.zeros(1, int), None)[0]) for candidate in candidates)
+    return Plan([], {layer.tensor: "" for each in candidates for layer in each.members}, loss)
+
+
+def plan_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> int:
+    """What the layers of `groups` take in a file."""
+    cost = _bytes_cost(type_)
+    layers = (layer for group in groups for candidate in group[-1] for layer in candidate.members)
+    total = sum(cost(owner.members, owner.rank, owner.skip) for owner in plan.owners)
+    return int(total + cost_of_all([layer for layer in layers if layer.tensor in plan.dense], cost))

@@ -13,7 +13,7 @@ from skipcat_edge.format import block_size, factor_type
 from skipcat_edge.runtime.library import quantize
 
 from .factorize import Factors, multiplied_out, refit, whiten
-from .rounding import round_with_feedback, supports_feedback
+from .rounding import SWEEPS, round_with_feedback, supports_feedback
 
 # Scales and offsets are float16; a weight of this size or less has both in every type.
 _LARGEST = 6e4
@@ -25,6 +25,8 @@ class Rounding:
 
     feedback: bool = True
     """Errors are passed on (GPTQ) instead of rounding every number by itself."""
+    sweeps: int = SWEEPS
+    """Of coordinate descent, after the errors were passed on."""
     refit: bool = True
     """B is fitted again to the projection as it was stored."""
 
@@ -49,17 +51,21 @@ class QuantizedFactors:
     skip: np.ndarray | None
     B: tuple[QuantizedMatrix, ...]
 
+    def projection(self) -> torch.Tensor:
+        """A as the runtime computes with it: float32 [r, n]."""
+        T = self.T.dequantized()
+        if self.skip is None:
+            return T
+        return multiplied_out(T, torch.from_numpy(np.flatnonzero(self.skip)), len(self.skip))
+
     def multiplied_out(self) -> tuple[torch.Tensor, ...]:
         """What the runtime computes with in place of each member's W: float32 [m, n]."""
-        T = self.T.dequantized()
-        if self.skip is not None:
-            skip = torch.from_numpy(np.flatnonzero(self.skip))
-            T = multiplied_out(T, skip, len(self.skip))
-        return tuple(part.dequantized() @ T for part in self.B)
+        A = self.projection()
+        return tuple(part.dequantized() @ A for part in self.B)
 
 
 def quantize_matrix(
-    W: torch.Tensor, H: torch.Tensor | None, type_: GGMLQuantizationType, feedback: bool = True
+    W: torch.Tensor, H: torch.Tensor | None, type_: GGMLQuantizationType, rounding: Rounding
 ) -> QuantizedMatrix:
     """Quantise W: [rows, n] to `type_`, or to F16 where its rows are not whole blocks.
 
@@ -68,13 +74,13 @@ def quantize_matrix(
     is not finite, or too large for the type's scales.
     """
     stored = factor_type(type_, W.shape[1])
-    if H is not None and feedback and supports_feedback(stored):
+    if H is not None and rounding.feedback and supports_feedback(stored):
         if not bool(torch.isfinite(W).all()):
             raise UserError("A weight is not a finite number; check the model.")
         if float(W.abs().max()) > _LARGEST:
             raise UserError(f"A weight is too large for the scales of {stored.name}; use --quant F32.")
         try:
-            return QuantizedMatrix(round_with_feedback(W, H, stored), stored)
+            return QuantizedMatrix(round_with_feedback(W, H, stored, rounding.sweeps), stored)
         except ValueError as error:  # passed-on errors may grow past what a scale can hold
             raise UserError(
                 f"A weight cannot be stored as {stored.name}: {error}; use --quant F32.") from None
@@ -104,7 +110,7 @@ def quantize_factors(
         skip[factors.skip.cpu().numpy()] = True
         rest = torch.from_numpy(np.flatnonzero(~skip)).to(factors.T.device)
     H_T = H if H is None or rest is None else H[rest][:, rest]
-    T = quantize_matrix(factors.T, H_T, type_, rounding.feedback)
+    T = quantize_matrix(factors.T, H_T, type_, rounding)
     B, H_z = factors.B, None
     if H is not None:
         A = multiplied_out(T.dequantized().to(H), factors.skip, n)
@@ -113,7 +119,7 @@ def quantize_factors(
             B = refit(W.to(H), A, whiten(H).L)
     parts = torch.split(B, list(outputs))
     return QuantizedFactors(
-        T, skip, tuple(quantize_matrix(part, H_z, type_, rounding.feedback) for part in parts))
+        T, skip, tuple(quantize_matrix(part, H_z, type_, rounding) for part in parts))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

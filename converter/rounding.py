@@ -79,18 +79,14 @@ def _damped(H: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_factor(H: torch.Tensor) -> torch.Tensor:
-    """Upper U with U^T U = H^-1, H damped further until it can be factored."""
-    extra = 0.0
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    while True:
-        L, info = torch.linalg.cholesky_ex(H + extra * eye)
+    """Upper U with U^T U = H^-1. Raises UserError where H, damped already, is no second moments."""
+    L, info = torch.linalg.cholesky_ex(H)
+    if not int(info):
+        U: torch.Tensor
+        U, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
         if not int(info):
-            inverse = torch.cholesky_inverse(L)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(info):
-                U: torch.Tensor = upper
-                return U
-        extra = max(10 * extra, DAMPING * float(H.diagonal().mean()))
+            return U
+    raise UserError("The second moments of a layer's input are not those of any numbers; calibrate again.")
 
 
 def _feed_back(Wt: torch.Tensor, H: torch.Tensor, block_type: BlockType, data: np.ndarray) -> _Rounded:

@@ -41,14 +41,14 @@ class Provenance:
     """Calibration tokens, without special ones of a causal model."""
     seq_len: int | None
     calib_tokens: int | None
-    """As asked for: None means the default."""
+    """The most that was to be read."""
     gradients: bool
-    seed: int
+    seed: int | None
 
 
 _WORDS = {
     "source_sha256": "model", "text_sha256": "calibration text", "seq_len": "--seq-len",
-    "calib_tokens": "--calib-tokens",
+    "calib_tokens": "--calib-tokens", "seed": "--seed",
 }
 
 
@@ -172,8 +172,10 @@ def read_statistics(path: Path, expected: Provenance) -> Statistics:
                         "name another file with --stats.") from None
     for field, word in _WORDS.items():
         wanted = getattr(expected, field)
-        if wanted is not None and getattr(provenance, field) != wanted:
-            raise UserError(f"{path} holds the statistics of another {word}; "
+        known = getattr(provenance, field)
+        if wanted is not None and known != wanted:
+            values = f" ({known}; this conversion: {wanted})" if isinstance(wanted, int) else ""
+            raise UserError(f"{path} holds the statistics of another {word}{values}; "
                             "name another file with --stats, or remove this one.")
     if expected.gradients and not provenance.gradients:
         raise UserError(f"{path} holds statistics without gradients; pass --no-grad, "

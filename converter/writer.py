@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from skipcat_edge.runtime.library import requires_importance
 
 from .layers import LayerMap
 from .plan import PlannedOwner
-from .quantized import QuantizedFactors, quantize_matrix
+from .quantized import QuantizedFactors, Rounding, quantize_matrix
 
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -75,8 +75,8 @@ def read_weight(tensor: ReaderTensor) -> np.ndarray:
     return rows_first
 
 
-def output_type(tensor: ReaderTensor, types: OutputTypes) -> GGMLQuantizationType:
-    """The type a dense tensor gets in the file."""
+def output_type(tensor: ReaderTensor, types: OutputTypes, importances: bool) -> GGMLQuantizationType:
+    """The type a dense tensor gets in the file; `importances`: there are statistics of its inputs."""
     base = GGMLQuantizationType(tensor.tensor_type)
     wanted: GGMLQuantizationType | None = None
     in_block = fmt.split_block(tensor.name)
@@ -86,8 +86,7 @@ def output_type(tensor: ReaderTensor, types: OutputTypes) -> GGMLQuantizationTyp
         # llama.cpp's converter keeps what must not be quantised in F32
         fmt.parse_weight_name(tensor.name) or base != GGMLQuantizationType.F32
     ):
-        # without importances for a layer that is not factored, it keeps its type
-        wanted = None if requires_importance(types.linear) else types.linear
+        wanted = types.linear if importances or not requires_importance(types.linear) else None
     return base if wanted is None else fmt.factor_type(wanted, int(tensor.shape[0]))
 
 
@@ -130,8 +129,13 @@ class Layout:
                 yield item
 
 
-def make_layout(reader: GGUFReader, owners: list[PlannedOwner], types: OutputTypes) -> Layout:
-    """Lay the file out: an owner's factors stand where its first member stood."""
+def make_layout(
+    reader: GGUFReader, owners: list[PlannedOwner], types: OutputTypes, calibrated: Container[str] = ()
+) -> Layout:
+    """Lay the file out: an owner's factors stand where its first member stood.
+
+    `calibrated`: the tensors whose inputs have statistics; only they can have a type that needs importances.
+    """
     owner_of = {layer.tensor: owner for owner in owners for layer in owner.members}
     order: list[Slot | PlannedOwner] = []
     dense: dict[str, ReaderTensor] = {}
@@ -141,7 +145,7 @@ def make_layout(reader: GGUFReader, owners: list[PlannedOwner], types: OutputTyp
         if owner is None:
             dense[tensor.name] = tensor
             shape = tuple(int(size) for size in reversed(tensor.shape))
-            order.append(Slot(tensor.name, shape, output_type(tensor, types)))
+            order.append(Slot(tensor.name, shape, output_type(tensor, types, tensor.name in calibrated)))
         elif id(owner) not in placed:
             placed.add(id(owner))
             order.append(owner)
@@ -204,7 +208,7 @@ def _dense_data(tensor: ReaderTensor, slot: Slot) -> np.ndarray:
             read_weight(tensor)
         return data.view(np.uint8)
     W = read_weight(tensor)
-    matrix = quantize_matrix(torch.from_numpy(W.reshape(-1, W.shape[-1])), None, slot.type)
+    matrix = quantize_matrix(torch.from_numpy(W.reshape(-1, W.shape[-1])), None, slot.type, Rounding())
     assert matrix.type == slot.type
     return matrix.data
 

@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "never Cat": {"method": replace(AUTO, share=False)},
     "always Skip": {"method": replace(AUTO, skip=True)},
     "without error feedback": {"rounding": Rounding(feedback=False)},
+    "without coordinate descent": {"rounding": Rounding(sweeps=0)},
     "without the refit of B": {"rounding": Rounding(refit=False)},
 }
 
@@ -261,8 +262,9 @@ def jobs_of(model: str, quick: bool) -> list[Job]:
         low = [("skipcat", "F16", 0.8), ("auto", "F16", 0.8), ("auto", "Q8_0", 0.8)]
     else:
         low = [(method, "F16", 0.8) for method in ("svd-llm", "skip", "skipcat", "auto")]
-        low += [("auto", "F16", 0.6), ("auto", "F16", 0.4), ("auto", "Q8_0", 0.8)]
-        low += [("skipcat", "Q4_0", 0.9), ("auto", "Q4_0", 0.9), ("auto", "Q4_0", 0.8)]
+        low += [("auto", "F16", 0.6), ("auto", "F16", 0.4)]
+        low += [(method, type_, ratio) for type_, ratio in (("Q8_0", 0.8), ("Q4_0", 0.9), ("Q4_0", 0.8))
+                for method in ("svd-llm", "skip", "skipcat", "auto")]
     jobs += [Job(model, LOW_RANK, *each) for each in low]
     variants = list(VARIANTS)[:3] if quick else list(VARIANTS)
     for name, type_, ratio in ABLATED[:1] if quick else ABLATED:

@@ -401,7 +401,7 @@ def test_plans_keep_to_every_kind_of_budget(kind: str, type_: Type, allocation: 
 
 
 @kinds
-@pytest.mark.parametrize("allocation", ["loss", "energy", "flrc"])
+@pytest.mark.parametrize("allocation", ["loss", "uniform", "energy", "flrc"])
 @pytest.mark.parametrize("type_", [Type.F16, Type.Q4_0], ids=lambda type_: type_.name)
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_too_small_a_budget_names_the_smallest_possible(

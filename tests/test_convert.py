@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,8 @@ def no_model(*_: object) -> None:
     ["--ratio", "0.6", "--quant", "F16"], ["--method", "skipcat"], ["--bpw", "4", "--quant", "Q4_0"],
     ["--ratio", "1", "--quant", "Q4_0"], ["--allocation", "energy"], ["--allocation", "flrc"],
     ["--allocation", "uniform"], ["--rounding", "plain"], ["--no-grad"],
-    ["--calibration", TEXT, "--no-compensation"],
+    ["--calibration", TEXT, "--calib-tokens", 3000, "--no-compensation"],
+    ["--method", "skipcat", "--allocation", "flrc"],
 ], ids=lambda arguments: " ".join(str(part) for part in arguments)[:30])  # fmt: skip
 def test_statistics_need_no_model(
     arguments: list[object], stats: Path, demo_dense_gguf: Path, tmp_path: Path,
@@ -258,6 +260,12 @@ def test_statistics_of_another_model_or_text_are_refused(
     arguments = ["-o", out, "--base", demo_dense_gguf, "--stats", stats]
     result = run(DEMO / "model", *arguments, "--calibration", text)
     assert_refused(result, out, str(stats), "another calibration text")
+    result = run(DEMO / "model", *arguments, "--calibration", TEXT)
+    assert_refused(result, out, str(stats), "another --calib-tokens (3000; this conversion: 65536)")
+    result = run(DEMO / "model", *arguments, "--calibration", TEXT, "--calib-tokens", 3000, "--seed", 1)
+    assert_refused(result, out, str(stats), "another --seed")
+    result = run(DEMO / "model", *arguments, "--calibration", TEXT, "--calib-tokens", 3000, "--seq-len", 64)
+    assert_refused(result, out, str(stats), "another --seq-len")
     other = tmp_path / "model"
     shutil.copytree(DEMO / "model", other)
     config = json.loads((other / "config.json").read_text())
@@ -301,30 +309,94 @@ def test_a_budget_below_embeddings_and_norms_names_the_smallest_size(
     assert out.stat().st_size <= smallest + 1
 
 
-def test_a_sweep_of_ratios_is_faster_than_one_calibration(stats: Path, demo_dense_gguf: Path) -> None:
-    """Counted in work, not seconds: no forward pass, and each layer is decomposed once for all ratios."""
-    from skipcat_converter import candidates
-    from skipcat_converter.compression import Weights
-    from skipcat_converter.factorize import METHODS
-    from skipcat_converter.planning import measure_groups, plans_for_ratios
-    from skipcat_converter.quantized import Rounding
-    from skipcat_converter.statistics_file import Provenance, read_statistics, source_sha256
+def sweep(*arguments: object) -> list[dict[str, Any]]:
+    result = CliRunner().invoke(main, ["sweep", *map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return rows
 
-    statistics = read_statistics(
-        stats, Provenance(source_sha256(DEMO / "model"), None, 0, None, None, True, 0))
-    layers, calls = statistics.layers, []
+
+def test_a_sweep_runs_no_model_and_decomposes_each_layer_once(
+    stats: Path, demo_dense_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skipcat_converter import calibrate, candidates
+
+    calls: list[int] = []
     decompose = candidates.decompose
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "decompose", lambda *args: calls.append(1) or decompose(*args))
-        groups = measure_groups(layers, Weights.of(GGUFReader(demo_dense_gguf), layers.groups, "cpu").block,
-                                statistics.block, GGMLQuantizationType.F16, METHODS["auto"], Rounding())
-        measured = len(calls)
-        plans = dict(plans_for_ratios(groups, METHODS["auto"], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
-                                      GGMLQuantizationType.F16))
+    monkeypatch.setattr(calibrate, "load_source", no_model)
+    monkeypatch.setattr(candidates, "decompose", lambda *args: calls.append(1) or decompose(*args))
+    rows = sweep(DEMO / "model", "--base", demo_dense_gguf, "--stats", stats, "--quant", "F16")
     # 7 layers a block, and two groups that may share
-    assert measured == len(calls) == 6 * 9
-    losses = [plan.loss for plan in plans.values()]
+    assert len(calls) == 6 * 9
+    assert [row["ratio"] for row in rows] == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    losses = [row["loss"] for row in rows]
+    assert losses[0] == 0
     assert losses == sorted(losses)
+
+
+def test_a_sweep_tells_what_convert_then_writes(stats: Path, demo_dense_gguf: Path, tmp_path: Path) -> None:
+    from skipcat_edge import divergence
+    from skipcat_edge.perplexity import text_chunks
+
+    arguments = [DEMO / "model", "--base", demo_dense_gguf, "--stats", stats, "--quant", "Q4_0"]
+    for row in sweep(*arguments, "--ratios", "1,0.8"):
+        out = tmp_path / f"{row['ratio']}.gguf"
+        result = run(*arguments, "-o", out, "--ratio", row["ratio"])
+        assert result.exit_code == 0, result.output
+        found = inspect(out)
+        assert found.totals.low_rank_bytes + found.totals.dense_layer_bytes == pytest.approx(
+            row["nbytes"], rel=0.001)
+        assert len(found.dense_layers) == row["dense"]
+        models = divergence.open_pair(out, demo_dense_gguf, 256)
+        chunks = text_chunks(models[0], TEXT.read_text("utf-8"), 256, 3000)
+        kl = divergence.compare(*models, chunks)[1].kl
+        # errors of different layers are taken for independent, which those of cut ranks are not
+        assert 0.5 < kl / row["loss"] < (2 if row["ratio"] == 1 else 4)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--ratios", "0.9,many"], ["'0.9,many'", "commas"]),
+    (["--ratios", "0.9,1.5"], ["ratio is 1.5"]),
+    (["--quant", "Q9_9"], ["Q9_9"]),
+    (["--stats", "missing.safetensors"], ["missing.safetensors does not exist"]),
+])
+def test_a_sweep_refuses(
+    arguments: list[str], words: list[str], stats: Path, demo_dense_gguf: Path
+) -> None:
+    given = ["sweep", str(DEMO / "model"), "--base", str(demo_dense_gguf), "--stats", str(stats)]
+    result = CliRunner().invoke(main, [*given, *arguments])
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.output
+
+
+def test_types_that_need_importances_have_them_from_statistics(
+    stats: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    """Rows of 768 are whole blocks of 256, those of 256 too."""
+    out = tmp_path / "out.gguf"
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats, "--ratio", "1",
+                 "--quant", "IQ2_XXS")
+    assert result.exit_code == 0, result.output
+    kinds = {layer.type for layer in inspect(out).dense_layers}
+    assert kinds == {"IQ2_XXS"}
+
+
+def test_flrc_needs_gradients(stats: Path, demo_dense_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    for other in (["--no-grad"], ["--method", "svd"]):
+        result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats,
+                     "--allocation", "flrc", *other)
+        assert_refused(result, out, "--allocation flrc", "gradients")
+
+
+def test_a_large_budget_says_that_all_stays_dense(
+    stats: Path, demo_dense_gguf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--stats", stats, "--budget", "1GB")
+    assert result.exit_code == 0, result.output
+    assert "no layer is low-rank" in result.output
 
 
 def test_the_dense_file_runs_better_than_plainly_rounded_ones(

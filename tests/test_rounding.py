@@ -192,7 +192,7 @@ def test_weights_that_cannot_be_stored(name: str, value: float) -> None:
     W = weights(2, 256)
     W[1, 17] = value
     with pytest.raises(UserError):
-        quantize_matrix(torch.from_numpy(W), torch.eye(256), Type[name])
+        quantize_matrix(torch.from_numpy(W), torch.eye(256), Type[name], Rounding())
 
 
 def test_which_types_are_served() -> None:
@@ -211,7 +211,7 @@ def test_other_types_get_the_diagonal_as_importances(name: str) -> None:
     H = np.diag(np.logspace(-2, 2, 256)[np.random.default_rng(0).permutation(256)])
     found = {
         known: loss(W, quantize_matrix(torch.from_numpy(W), torch.from_numpy(H) if known else None,
-                                       Type[name]).dequantized().numpy(), H)
+                                       Type[name], Rounding()).dequantized().numpy(), H)
         for known in (True, False)
     }
     assert found[True] < found[False]
@@ -220,7 +220,7 @@ def test_other_types_get_the_diagonal_as_importances(name: str) -> None:
 @pytest.mark.runtime
 def test_rows_that_are_not_whole_blocks_become_float16() -> None:
     W = weights(3, 40)
-    stored = quantize_matrix(torch.from_numpy(W), torch.eye(40), Type.Q4_0)
+    stored = quantize_matrix(torch.from_numpy(W), torch.eye(40), Type.Q4_0, Rounding())
     assert stored.type == Type.F16
     np.testing.assert_array_equal(stored.dequantized().numpy(), W.astype(np.float16).astype(np.float32))
 
@@ -229,7 +229,7 @@ def test_rows_that_are_not_whole_blocks_become_float16() -> None:
 @pytest.mark.parametrize("feedback", [True, False])
 def test_without_second_moments_every_number_is_rounded_by_itself(feedback: bool) -> None:
     W = weights(3, 64)
-    stored = quantize_matrix(torch.from_numpy(W), None, Type.Q4_0, feedback)
+    stored = quantize_matrix(torch.from_numpy(W), None, Type.Q4_0, Rounding(feedback))
     np.testing.assert_array_equal(stored.dequantized().numpy(), plain(W, "Q4_0"))
 
 
@@ -303,7 +303,7 @@ def test_each_part_of_rounding_takes_loss_away(skip: bool, name: str) -> None:
     losses = {}
     for feedback in (True, False):
         for refit in (True, False):
-            found = stored(factors, W, H, name, Rounding(feedback, refit))
+            found = stored(factors, W, H, name, Rounding(feedback, refit=refit))
             Q = members(found) @ projection(found)
             for part, whole in zip(found.multiplied_out(), np.split(Q, [OUTPUTS[0]]), strict=True):
                 np.testing.assert_allclose(part.numpy(), whole, atol=1e-5 * np.abs(Q).max())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +76,7 @@ def command(
     force: bool,
 ) -> None:
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
+    from skipcat_edge.extra import phases, require_converter
     from skipcat_edge.output import check_output
     from skipcat_edge.ranks import check_ratio
     from skipcat_edge.sizes import parse_size
@@ -97,7 +95,7 @@ def command(
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
-    _require_extra()
+    require_converter()
     from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS as KNOWN
     from skipcat_converter.pipeline import ConvertOptions, convert
@@ -116,10 +114,8 @@ def command(
         click.echo("Without gradients nothing tells which layers the loss depends on: ranks become uniform, "
                    "and quality falls to about that of --method skipcat (docs/quality.md).", err=True)
     from skipcat_edge.gguf_file import open_gguf
-    from skipcat_edge.runtime.library import load_library
     from skipcat_edge.runtime.source import stock_tree
 
-    load_library("ggml-base")
     directory = resolve_source(source)
     if base is not None:
         open_gguf(base)
@@ -132,33 +128,9 @@ def command(
         calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
         force=force,
     )
-    with _phases() as phase:
+    with phases() as phase:
         result = convert(options, phase)
     _report(output, result)
-
-
-def _require_extra() -> None:
-    """Raise UserError, before any work, if a package of the extra `convert` is missing."""
-    for package in ("torch", "transformers", "safetensors", "scipy", "sentencepiece", "huggingface_hub"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"Converting needs {package}; install it with `pip install 'skipcat-edge[convert]'`."
-            )
-
-
-@contextmanager
-def _phases() -> Iterator[Callable[[str, float], object]]:
-    """Gives the pipeline's `Phase`: one bar with time left per phase."""
-    from skipcat_edge.terminal import new_progress
-
-    with new_progress() as progress:
-
-        @contextmanager
-        def phase(title: str, total: float) -> Iterator[Callable[[float], None]]:
-            task = progress.add_task(title, total=total)
-            yield lambda amount: progress.advance(task, amount)
-
-        yield phase
 
 
 def _report(output: Path, result: ConvertResult) -> None:
@@ -172,6 +144,8 @@ def _report(output: Path, result: ConvertResult) -> None:
         click.echo(f"largest relative error of a projection: {worst.error:.4f} "
                    f"(block {worst.owner.block} {worst.owner.name}); "
                    f"largest |T|: {max(report.largest_t for report in result.owners):.2f}")
+    elif result.dense:
+        click.echo("no layer is low-rank: all of them fit dense")
     if result.calibration_tokens:
         click.echo(f"calibrated on {result.calibration_tokens:,} tokens; second moments moved towards their "
                    f"diagonal by up to {result.shrinkage:.1%}, as their noise asks for")

@@ -1,0 +1,36 @@
+"""The extra `convert`: whether it is there, and how its stages show their progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from skipcat_edge.errors import UserError
+
+
+def require_converter() -> None:
+    """Raise UserError, before any work, if a package of the extra or ggml's library is missing."""
+    for package in ("torch", "transformers", "safetensors", "scipy", "sentencepiece", "huggingface_hub"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"Converting needs {package}; install it with `pip install 'skipcat-edge[convert]'`."
+            )
+    from skipcat_edge.runtime.library import load_library
+
+    load_library("ggml-base")
+
+
+@contextmanager
+def phases() -> Iterator[Callable[[str, float], object]]:
+    """Gives the stages' `Phase`: one bar with time left per phase."""
+    from skipcat_edge.terminal import new_progress
+
+    with new_progress() as progress:
+
+        @contextmanager
+        def phase(title: str, total: float) -> Iterator[Callable[[float], None]]:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.advance(task, amount)
+
+        yield phase
