@@ -26,10 +26,12 @@ from conversion import DEMO, quiet
 from gguf import GGUFReader, GGUFWriter
 from quality_report import FEEDBACK, IMATRIX, LOW_RANK, PLAIN, write_report
 from safetensors import safe_open
+from skipcat_converter.base_gguf import Phase
 from skipcat_converter.calibration import split_sentences
 from skipcat_converter.factorize import METHODS, Method
 from skipcat_converter.pipeline import ConvertOptions, convert
 from skipcat_converter.quantized import Rounding
+from skipcat_converter.sweep import sweep
 from skipcat_converter.writer import OutputTypes
 
 from skipcat_edge import divergence, embedding_eval
@@ -46,6 +48,7 @@ SHARED = ROOT.parent / "shared"
 QUANTIZE = ROOT / "build" / "native" / "stock" / "bin" / "llama-quantize"
 MODELS = ("babyllama361", "stories260K", "demo", "MiniLM")
 WINDOW = 256
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 PURE = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
@@ -128,6 +131,24 @@ class Bench:
         if not self.imatrix.exists():
             write_imatrix(self.statistics, self.imatrix)
 
+    def times(self) -> dict[str, float]:
+        """Seconds of a calibration, and of a sweep over eight ratios from its statistics."""
+        found: dict[str, float] = {}
+        statistics, out = self.folder / "timed.safetensors", self.folder / "timed.gguf"
+        statistics.unlink(missing_ok=True)
+        try:
+            options = self.options(out, Job(self.name, LOW_RANK, "auto", "F16", 0.8))
+            convert(replace(options, stats=statistics, compensate=False), stop_watch(found))
+            for name in ("F16", "Q4_0"):
+                start = time.monotonic()
+                types = [weight_type(name)]
+                sweep(self.source, self.dense, statistics, stock_tree(), AUTO, types, RATIOS, quiet)
+                found[f"sweep {name}"] = time.monotonic() - start
+        finally:
+            for path in (statistics, out):
+                path.unlink(missing_ok=True)
+        return {name: round(found[name], 2) for name in ("Calibrating", "sweep F16", "sweep Q4_0")}
+
     def write(self, job: Job, out: Path) -> None:
         """Raises UserError with the reason if there can be no such file."""
         if job.kind in (PLAIN, IMATRIX):
@@ -184,6 +205,18 @@ class Bench:
             if job.kind != "dense":
                 out.unlink(missing_ok=True)
         return row
+
+
+def stop_watch(found: dict[str, float]) -> Phase:
+    """A `Phase` that keeps the seconds of each title in `found`."""
+
+    @contextmanager
+    def phase(title: str, total: float) -> Iterator[Any]:
+        start = time.monotonic()
+        yield lambda amount: None
+        found[title] = time.monotonic() - start
+
+    return phase
 
 
 def source_of(name: str) -> Path:
@@ -306,6 +339,8 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path, re
     cache.mkdir(parents=True, exist_ok=True)
     results = cache / "results.jsonl"
     known = read_results(results)
+    timed = cache / "times.json"
+    times: dict[str, dict[str, float]] = json.loads(timed.read_text("utf-8")) if timed.exists() else {}
     chosen = models or (MODELS[:1] if quick else MODELS)
     wanted = {name: jobs_of(name, quick) for name in chosen}
     with new_progress() as progress:
@@ -324,10 +359,15 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path, re
                     with results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(known[job]) + "\n")
                 progress.advance(task)
+            if name not in times:
+                progress.update(task, description=f"{name}: seconds of a calibration and of a sweep")
+                bench.prepare()
+                times[name] = bench.times()
+                timed.write_text(json.dumps(times), encoding="utf-8")
             progress.update(task, description=name)
     rows = {name: [known[job] for job in jobs if job in known] for name, jobs in wanted.items()}
     missing = {name: len(jobs) - len(rows[name]) for name, jobs in wanted.items()}
-    click.echo(write_report(out, rows, asdict(scale), missing))
+    click.echo(write_report(out, rows, asdict(scale), missing, times))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ _STYLES = {
 
 
 def write_report(out: Path, results: Mapping[str, Sequence[Row]], scale: Mapping[str, Any],
-                 missing: Mapping[str, int]) -> Path:
+                 missing: Mapping[str, int], times: Mapping[str, Mapping[str, float]]) -> Path:
     """Write quality.md and a picture per model to `out`; returns the page's path.
 
-    `missing`: files of each model's plan that have not been measured yet.
+    `missing`: files of each model's plan that have not been measured yet. `times`: seconds of each
+    model's calibration and sweeps.
     """
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Quality by size", "", _protocol(scale)]
@@ -44,8 +45,10 @@ def write_report(out: Path, results: Mapping[str, Sequence[Row]], scale: Mapping
         draw(picture, model, [row for row in measured if "skipped" not in row])
         parts += ["", f"## {model}", "", f"![{model}: size and divergence]({picture.name})", "",
                   *_model_table([row for row in measured if "skipped" not in row]), *_skips(measured)]
+    parts += ["", "## Beside the published methods", "", *_beside_others(results)]
     parts += ["", "## What each piece of auto adds", "", *_ablation(results)]
     parts += ["", "## Where plain quantisation wins", "", *_verdicts(results)]
+    parts += ["", "## Calibrate once", "", *_times(times)] if times else []
     page = out / "quality.md"
     page.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -142,6 +145,34 @@ def _ablation(results: Mapping[str, Sequence[Row]]) -> list[str]:
             *_markdown(["auto", *columns], lines, 1)]
 
 
+def _beside_others(results: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Low-rank files of the same type and ratio, one column per method."""
+    cells: dict[tuple[str, str, float], dict[str, Row]] = {}
+    for row in (row for rows in results.values() for row in rows):
+        if row["kind"] == LOW_RANK and not row["variant"]:
+            cells.setdefault((row["model"], row["type"], row["ratio"]), {})[row["method"]] = row
+    cells = {key: found for key, found in cells.items() if len(found) > 1 and "auto" in found}
+    if not cells:
+        return ["Not measured for these models."]
+    others = list(dict.fromkeys(method for found in cells.values() for method in found if method != "auto"))
+    methods = [*others, "auto"]
+    lines = [[*key[:2], f"{key[2]:g}", *(_loss(found[each]) if each in found else "" for each in methods)]
+             for key, found in cells.items()]
+    rivals = [(row, found["auto"]) for found in cells.values() for row in found.values()
+              if row["method"] != "auto" and "skipped" not in row]
+    worse = sum("skipped" in auto or auto["loss"] > row["loss"] for row, auto in rivals)
+    return ["KL, or 1 - mean cosine for MiniLM. In "
+            f"{worse} of {len(rivals)} comparisons `auto` is the worse one.", "",
+            *_markdown(["model", "type", "ratio", *methods], lines, 2)]
+
+
+def _times(times: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = list(next(iter(times.values())))
+    lines = [[model, *(f"{found[name]:.1f}" for name in names)] for model, found in times.items()]
+    return ["Seconds, on the machine that made this page, of a calibration and of a sweep over eight ratios "
+            "from its statistics.", "", *_markdown(["model", *names], lines, 1)]
+
+
 def _loss(row: Row) -> str:
     return "skipped" if "skipped" in row else f"{row['loss']:.5f}"
 
@@ -153,11 +184,11 @@ def _change(row: Row, full: Row) -> str:
 
 
 def _verdicts(results: Mapping[str, Sequence[Row]]) -> list[str]:
-    """For each model, how many low-rank files lose to a dense file of no more bytes."""
+    """For each model, how many of auto's files lose to a dense file of no more bytes."""
     lines: list[str] = []
     for model, all_rows in results.items():
         rows = [row for row in all_rows if "skipped" not in row and not row["variant"]]
-        low = [row for row in rows if row["kind"] == LOW_RANK]
+        low = [row for row in rows if row["kind"] == LOW_RANK and row["method"] == "auto"]
         if not low:
             tried = any(row["kind"] == LOW_RANK for row in all_rows)
             lines += [f"**{model}**: no low-rank file could be made.", ""] if tried else []
@@ -169,7 +200,7 @@ def _verdicts(results: Mapping[str, Sequence[Row]]) -> list[str]:
         left = [(each, found) for each, found in zip(low, best, strict=True)
                 if not any(row is not None and row["loss"] < each["loss"] for row in found.values())]
         counts = ", ".join(f"{count} by {kind}" for kind, count in beaten.items())
-        lines.append(f"**{model}**: {len(low) - len(left)} of {len(low)} low-rank files are beaten by a "
+        lines.append(f"**{model}**: {len(low) - len(left)} of {len(low)} files of auto are beaten by a "
                      f"dense file of no more bytes ({counts}).")
         lines += [""] if left else []
         lines += [_not_beaten(each, found) for each, found in left]

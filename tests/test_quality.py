@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,18 @@ def run_json(*arguments: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def babyllama(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Converts babyllama361 to F16, calibrated on 120,000 tokens, once."""
+    """Converts babyllama361, calibrated on 120,000 tokens, once."""
     folder = tmp_path_factory.mktemp("babyllama")
 
-    def make(method: str, ratio: float) -> Path:
-        out = folder / f"{method}-{ratio}.gguf"
+    def make(method: str, ratio: float, quant: str = "F16") -> Path:
+        out = folder / f"{method}-{ratio}-{quant}.gguf"
         if not out.exists():
             dense = {} if ratio == 1.0 else {
                 "base": make("svd", 1.0), "calibration": shared / "text" / "tinystories_train.txt",
                 "calib_tokens": CALIBRATION_TOKENS, "seq_len": WINDOW, "stats": folder / "statistics",
             }
-            convert_model(shared / "models" / "babyllama361", out, method=method, ratio=ratio, **dense)
+            convert_model(shared / "models" / "babyllama361", out, method=method, ratio=ratio, quant=quant,
+                          **dense)
         return out
 
     return make
@@ -57,16 +59,14 @@ def babyllama(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.fixture(scope="module")
 def perplexity(shared: Path, babyllama: Callable[..., Path]) -> Callable[..., float]:
     """Perplexity of a method at a ratio by our own eval; computed once each."""
-    known: dict[tuple[str, float], float] = {}
 
-    def compute(method: str, ratio: float) -> float:
-        if (method, ratio) not in known:
-            text = shared / "text" / "tinystories_eval.txt"
-            answer = run_json("eval", babyllama(method, ratio), "--text", text, "--window", WINDOW,
-                              "--max-tokens", EVAL_TOKENS)
-            assert answer["tokens"] == EVAL_TOKENS // (WINDOW - 1) * (WINDOW - 1)
-            known[method, ratio] = answer["ppl"]
-        return known[method, ratio]
+    @cache
+    def compute(method: str, ratio: float, quant: str = "F16") -> float:
+        text = shared / "text" / "tinystories_eval.txt"
+        answer = run_json("eval", babyllama(method, ratio, quant), "--text", text, "--window", WINDOW,
+                          "--max-tokens", EVAL_TOKENS)
+        assert answer["tokens"] == EVAL_TOKENS // (WINDOW - 1) * (WINDOW - 1)
+        return float(answer["ppl"])
 
     return compute
 
@@ -106,6 +106,14 @@ def test_auto_loses_less_than_the_papers_methods(perplexity: Callable[..., float
     assert perplexity("auto", 0.6) <= 2.66
 
 
+@pytest.mark.parametrize(("quant", "ratio"), [("F16", 0.8), ("F16", 0.6), ("Q8_0", 0.8), ("Q4_0", 0.9)])
+def test_auto_is_never_worse_than_the_papers_methods(
+    quant: str, ratio: float, perplexity: Callable[..., float]
+) -> None:
+    auto = perplexity("auto", ratio, quant)
+    assert auto <= min(perplexity(method, ratio, quant) for method in ("skipcat", "skip", "svd-llm"))
+
+
 def test_factored_logits_are_those_of_transformers(shared: Path, babyllama: Callable[..., Path]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -143,6 +151,7 @@ def encoder(
     dense = folder / "dense.gguf"
     convert_model(minilm, dense, ratio=1.0)
 
+    @cache
     def cosine(method: str, ratio: float, quant: str = "F16", **options: Any) -> float:
         out = folder / "out.gguf"
         convert_model(minilm, out, base=dense, method=method, ratio=ratio, quant=quant, force=True,
@@ -166,6 +175,14 @@ def test_encoder_keeps_its_embeddings(encoder: Callable[..., float]) -> None:
     assert skipcat >= svd_llm + 0.03
     assert encoder("auto", 0.6) >= 0.945
     assert encoder("auto", 0.4) >= 0.855
+
+
+@pytest.mark.parametrize(("quant", "ratio"), [("F16", 0.8), ("Q8_0", 0.8), ("Q4_0", 0.9)])
+def test_auto_is_never_worse_on_an_encoder(
+    quant: str, ratio: float, encoder: Callable[..., float]
+) -> None:
+    auto = encoder("auto", ratio, quant)
+    assert auto >= max(encoder(method, ratio, quant) for method in ("skipcat", "skip", "svd-llm"))
 
 
 def test_encoder_at_four_bits(encoder: Callable[..., float]) -> None:

@@ -81,6 +81,6 @@ def _print(rows: list[SweepRow]) -> None:
     console = stdout_console()
     console.print(table)
     console.print()
-    console.print("predicted loss: of a language model the KL divergence from the dense one, if the errors of "
-                  "its layers were independent; rounding to 8 bits or more is not counted")
+    console.print("predicted loss: of a language model the KL divergence from the dense one, if the errors "
+                  "of its layers were independent; rounding to 8 bits or more is not counted")
     console.print("best: no row of as few bytes predicts less")
