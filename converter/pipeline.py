@@ -162,7 +162,7 @@ def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
     if (options.stats is not None and options.stats.exists() and options.method.whiten
             and not options.compensated):
         return None
-    if options.dense and options.calibration is None:
+    if options.dense and not (options.calibration is not None and options.method.whiten):
         return None
     if not options.dense:
         require_calibration(options.method, options.calibration)

@@ -82,7 +82,6 @@ class Statistics:
                     statistics[layer.tensor] = LayerStatistics(shared, output)
         return statistics
 
-
     def _finite(self, matrix: torch.Tensor, tensor: str) -> torch.Tensor:
         if not bool(torch.isfinite(matrix).all()):
             raise UserError(f"{self.path}: the statistics of {tensor} are not finite numbers; "
@@ -99,7 +98,7 @@ class Statistics:
 def write_statistics(
     path: Path, provenance: Provenance, layers: LayerMap, with_output: set[str],
     blocks: Iterable[tuple[int, BlockStatistics]],
-) -> Statistics:
+) -> None:
     """Write `blocks` to `path` as they come; `with_output`: the layers that will have a C."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group in layers.groups:
@@ -148,7 +147,6 @@ def write_statistics(
                         put(f"{layer.tensor}.C", output.C)
                         put(f"{layer.tensor}.C.mean_weight", output.mean_weight)
                         put(f"{layer.tensor}.C.shrinkage", output.shrinkage)
-    return Statistics(path, provenance, layers)
 
 
 def read_statistics(path: Path, expected: Provenance) -> Statistics:

@@ -201,6 +201,22 @@ def test_which_types_are_served() -> None:
         round_with_feedback(torch.zeros(1, 32), torch.eye(32), Type.IQ4_NL)
 
 
+@pytest.mark.parametrize("broken", ["indefinite", "nan"])
+def test_what_is_no_second_moments_is_refused(broken: str) -> None:
+    H = torch.eye(64, dtype=torch.float64)
+    H[0, 0] = -1.0 if broken == "indefinite" else torch.nan
+    with pytest.raises(UserError, match="second moments"):
+        round_with_feedback(torch.from_numpy(weights(2, 64)), H, Type.Q4_0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_singular_second_moments_are_damped(rank: int) -> None:
+    """Inputs that never move, or move together, leave finite codes near W."""
+    W = weights(4, 64)
+    Q = rounded(W, rank * np.ones((64, 64)), "Q8_0")
+    assert np.abs(Q - W).max() < 0.05 * np.abs(W).max()
+
+
 # --- what goes into the file ---
 
 
