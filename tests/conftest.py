@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conversion import DEMO, convert_model
+from gguf import GGUFReader
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -33,3 +35,21 @@ def demo_low_rank_gguf(tmp_path_factory: pytest.TempPathFactory, demo_dense_gguf
     out = tmp_path_factory.mktemp("demo") / "skipcat.gguf"
     convert_model(DEMO / "model", out, base=demo_dense_gguf, calibration=DEMO / "calibration.txt")
     return out
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    """The demo model as its Hugging Face module."""
+    from skipcat_converter.source_model import load_source
+
+    return load_source(DEMO / "model", "cpu")
+
+
+@pytest.fixture(scope="module")
+def layers(source: Any, demo_dense_gguf: Path) -> Any:
+    """The demo model's layers, each with its module."""
+    from skipcat_converter.layers import map_layers
+
+    from skipcat_edge.runtime.source import stock_tree
+
+    return map_layers(GGUFReader(demo_dense_gguf), source.module, stock_tree())

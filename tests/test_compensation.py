@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conversion import DEMO, tensors
-from gguf import GGUFReader
 
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 from hypothesis import given, settings  # noqa: E402
@@ -17,22 +16,8 @@ from hypothesis import strategies as st  # noqa: E402
 from skipcat_converter import compensation as comp  # noqa: E402
 from skipcat_converter.calibration import load_calibration  # noqa: E402
 from skipcat_converter.compensation import Compensation, matching_rows, open_compensation  # noqa: E402
-from skipcat_converter.layers import map_layers  # noqa: E402
-from skipcat_converter.source_model import load_source  # noqa: E402
-
-from skipcat_edge.runtime.source import stock_tree  # noqa: E402
 
 HEADS = {"attn_q": 8, "attn_k": 4}
-
-
-@pytest.fixture(scope="module")
-def source() -> Any:
-    return load_source(DEMO / "model", "cpu")
-
-
-@pytest.fixture(scope="module")
-def layers(source: Any, demo_dense_gguf: Path) -> Any:
-    return map_layers(GGUFReader(demo_dense_gguf), source.module, stock_tree())
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from gguf import GGUFWriter, PoolingType, TokenType
+from gguf import GGUFWriter, PoolingType
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabulary import write_vocabulary
 
 from skipcat_edge import divergence
 from skipcat_edge.cli import main
@@ -52,21 +53,7 @@ def write_model(folder: Path, name: str, quant: str = "F16", ratio: float = 1.0,
 
     Models of one seed and ratio differ only in how the same weights are rounded.
     """
-    models = folder / name / "vendor" / "llama.cpp" / "models"
-    models.mkdir(parents=True)
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
-    kinds = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256,
-             *[TokenType.NORMAL] * len(words)]
-    writer = GGUFWriter(models / "ggml-vocab-tiny.gguf", "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_scores([-float(i) for i in range(len(tokens))])
-    writer.add_bos_token_id(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    dimensions = replace(MODEL, n_vocab=len(tokens), context_length=context)
+    dimensions = replace(MODEL, n_vocab=write_vocabulary(folder / name, words), context_length=context)
     out = folder / f"{name}.gguf"
     write(plan(dimensions, weight_type(quant), ratio, seed), out, folder / name)
     return out

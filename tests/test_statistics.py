@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conversion import DEMO
-from gguf import GGUFReader
 
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 
 from skipcat_converter import statistics as stats  # noqa: E402
 from skipcat_converter.calibration import load_calibration, split_sentences  # noqa: E402
-from skipcat_converter.layers import keeps_input_order, map_layers  # noqa: E402
-from skipcat_converter.source_model import load_source  # noqa: E402
+from skipcat_converter.layers import keeps_input_order  # noqa: E402
 
 from skipcat_edge.errors import UserError  # noqa: E402
-from skipcat_edge.runtime.source import stock_tree  # noqa: E402
 
 TEXT = DEMO / "calibration.txt"
-
-
-@pytest.fixture(scope="module")
-def source() -> Any:
-    return load_source(DEMO / "model", "cpu")
-
-
-@pytest.fixture(scope="module")
-def layers(source: Any, demo_dense_gguf: Path) -> Any:
-    return map_layers(GGUFReader(demo_dense_gguf), source.module, stock_tree())
 
 
 def test_every_layer_is_mapped(layers: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType, quants
+from gguf import GGMLQuantizationType, GGUFReader, quants
+from vocabulary import write_vocabulary
 
 from skipcat_edge import format as fmt
 from skipcat_edge.cli import main
@@ -46,19 +47,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source tree that holds nothing but a SentencePiece vocabulary of 290 tokens, for `tiny`."""
     monkeypatch.setitem(MODELS, "tiny", TINY)
     root = tmp_path / "tree"
-    models = root / "vendor" / "llama.cpp" / "models"
-    models.mkdir(parents=True)
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + [f"▁w{i}" for i in range(31)]
-    kinds = [TokenType.UNKNOWN] + [TokenType.CONTROL] * 2 + [TokenType.BYTE] * 256 + [TokenType.NORMAL] * 31
-    writer = GGUFWriter(models / "ggml-vocab-tiny.gguf", "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_scores([-float(i) for i in range(len(tokens))])
-    writer.add_bos_token_id(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    assert write_vocabulary(root, [f"▁w{i}" for i in range(31)]) == 290
     return root
 
 
