@@ -10,13 +10,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint native-tools bench-speed bench-quality clean
+.PHONY: help setup demo test test-fast lint golden native-tools bench-speed bench-quality wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
 	@echo "make demo          compress the demo model, chat with it, measure it"
 	@echo "make test          all tests"
+	@echo "make test-arm      the aarch64 wheel, under emulation: apt install g++-aarch64-linux-gnu"
+	@echo "                   qemu-user-static proot debootstrap"
 	@echo "make lint          ruff and mypy"
+	@echo "make wheel DEVICE=rpi5  the runtime for another machine, in dist/; skipcat-edge devices lists them"
+	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
+	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
 	@echo "make bench-speed   decode and prompt speed-up of a 1B model, beside the ideal"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
@@ -50,11 +55,17 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not native"
+	$(BIN)/python -m pytest -m "not slow and not native and not arm"
+
+test-arm: setup
+	$(BIN)/python -m pytest -m arm -rs tests/test_arm.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy skipcat_edge converter
+
+golden: setup
+	$(BIN)/python $(DEMO)/golden.py
 
 native-tools: setup
 	$(BIN)/skipcat-edge runtime native-tools
@@ -64,6 +75,14 @@ bench-speed: setup
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py
+
+wheel: $(VENV)/.package
+	@test -n "$(DEVICE)" || { echo "Say for which device: make wheel DEVICE=rpi5"; exit 2; }
+	$(BIN)/skipcat-edge runtime build --device $(DEVICE) --out dist
+
+phone: $(VENV)/.package
+	@test -n "$(DEVICE)" || { echo "Say for which device: make phone DEVICE=pixel-8"; exit 2; }
+	$(BIN)/skipcat-edge runtime phone --device $(DEVICE)
 
 clean:
 	rm -rf build $(VENV)/.package $(VENV)/.runtime

@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "Measure prompt and decode speed, load time and memory.",
     "eval": "Measure perplexity, and how close a model is to its dense reference.",
     "synth": "Write a random-weight model with the dimensions of a known one.",
+    "devices": "Show known devices: cores, threads, memory, build settings.",
     "runtime": "Build and check the patched llama-cpp-python.",
 }
 

@@ -53,7 +53,8 @@ RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 PURE = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 ABLATED = (
-    ("babyllama361", "F16", 0.6), ("MiniLM", "F16", 0.8), ("MiniLM", "Q4_0", 0.8), ("demo", "Q4_0", 0.9),
+    ("babyllama361", "F16", 0.6), ("babyllama361", "Q4_0", 0.8), ("MiniLM", "F16", 0.8),
+    ("MiniLM", "Q4_0", 0.8), ("demo", "Q4_0", 0.9),
 )
 AUTO = METHODS["auto"]
 # What is taken away -> fields of ConvertOptions.

@@ -48,7 +48,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SKIPCAT_EDGE_CACHE", str(tmp_path / "cache"))
     broken = tmp_path / "tree"
     broken.mkdir()
-    monkeypatch.setattr(build, "compilers", dict)
+    monkeypatch.setattr(build, "compilers", lambda target: {})
     monkeypatch.setattr(build, "patched_tree", lambda source: broken)
     with pytest.raises(UserError, match=r"wheel\.log"):
         build.build_wheel(tmp_path / "out")

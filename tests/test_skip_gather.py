@@ -27,9 +27,9 @@ class Ggml:
         raise AttributeError(name)
 
     def __init__(self) -> None:
-        from skipcat_edge.runtime.library import load_library
+        from skipcat_edge.runtime.library import cpu_library, load_library
 
-        self.base, self.cpu = load_library("ggml-base"), load_library("ggml-cpu")
+        self.base, self.cpu = load_library("ggml-base"), cpu_library()
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         for library, name, result, arguments in (
             (self.base, "ggml_init", pointer, [_InitParams]),

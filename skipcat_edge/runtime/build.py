@@ -17,6 +17,7 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.pin import patches_dir, read_pin
 from skipcat_edge.runtime.progress import run_logged
 from skipcat_edge.runtime.source import log_path, patched_tree, writing_to
+from skipcat_edge.runtime.target import Target, retag
 
 # The largest translation units of llama.cpp take about this much memory to compile.
 _BYTES_PER_JOB = 600 * 2**20
@@ -48,12 +49,12 @@ def cmake_args() -> list[str]:
     return args + shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))
 
 
-def build_env(tree: Path) -> dict[str, str]:
+def build_env(tree: Path, target: Target | None = None) -> dict[str, str]:
     """Environment of a build of `tree`, whose build directory lies beside it."""
     env = dict(os.environ)
     # CMAKE_ARGS belongs to other projects' builds; ours reads SKIPCAT_EDGE_CMAKE_ARGS.
     env.pop("CMAKE_ARGS", None)
-    return env | compilers() | {
+    return env | compilers(target) | {
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs()),
         "PYTHONUNBUFFERED": "1",
         "NINJA_STATUS": "[%f/%t] ",
@@ -77,9 +78,15 @@ def jobs() -> int:
     return max(1, min(usable_cores(), int(psutil.virtual_memory().total // _BYTES_PER_JOB)))
 
 
-def compilers() -> dict[str, str]:
+def compilers(target: Target | None = None) -> dict[str, str]:
     """CC and CXX of every build: CMake and scikit-build-core would choose different names for one
     compiler, and ccache takes those for two. Raises UserError if there is no C++ compiler."""
+    if target is not None and target.compilers:
+        for name in target.compilers.values():
+            if find_tool(name) is None:
+                raise UserError(f"{name} was not found; install it, on Debian with "
+                                f"`sudo apt install g++-{target.triple.replace('_', '-')}`.")
+        return target.compilers
     if sys.platform == "win32":
         return {}
     found = {}
@@ -91,22 +98,27 @@ def compilers() -> dict[str, str]:
     return found
 
 
-def build_wheel(out: Path, source: Path | None = None) -> Path:
+def build_wheel(out: Path, source: Path | None = None, target: Target | None = None) -> Path:
     """Build the patched wheel into the directory `out`; returns its path.
 
-    `source`: archive or unpacked tree to use instead of the package index. Raises UserError with
-    the log's path if the build fails; `out` then holds nothing new.
+    `source`: archive or unpacked tree to use instead of the package index. `target`: None for this
+    very machine and no other. Raises UserError with the log's path if the build fails; `out` then
+    holds nothing new.
     """
-    compilers()  # before anything is fetched
+    compilers(target)  # before anything is fetched
     tree = patched_tree(source)
-    env = build_env(tree) | {
+    # upstream's CMake installs here too, and the wheel takes what it finds
+    shutil.rmtree(tree / "llama_cpp" / "lib", ignore_errors=True)
+    args = [*cmake_args(), f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={patches_dir() / 'wheel.cmake'}"]
+    if target is not None:
+        args += target.cmake_args
+    name = "wheel" if target is None else f"wheel-{target.architecture}"
+    env = build_env(tree, target) | {
         # Environment variables, because pip passes --config-settings only since 22.1 and repeated
         # ones only since 23.1.
-        "SKBUILD_CMAKE_ARGS": ";".join(
-            [*cmake_args(), f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={patches_dir() / 'wheel.cmake'}"]
-        ),
+        "SKBUILD_CMAKE_ARGS": ";".join(args),
         "SKBUILD_BUILD_TARGETS": "llama",
-        "SKBUILD_BUILD_DIR": str(build_dir(tree, "wheel")),
+        "SKBUILD_BUILD_DIR": str(build_dir(tree, name)),
         "SKBUILD_WHEEL_EXCLUDE": ";".join(_WHEEL_EXCLUDE),
     }
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--verbose", "--disable-pip-version-check"]
@@ -114,11 +126,11 @@ def build_wheel(out: Path, source: Path | None = None) -> Path:
         command.append("--no-build-isolation")
     with writing_to(out) as temp:
         run_logged([*command, "--wheel-dir", str(temp), str(tree)], title="Building the runtime",
-                   log=log_path("wheel"), env=env)
+                   log=log_path(name), env=env)
         (wheel,) = temp.glob("*.whl")
-        target = out / wheel.name
-        wheel.replace(target)
-    return target
+        if target is not None:
+            wheel = retag(wheel, target, log_path("tag"))
+        return wheel.replace(out / wheel.name)
 
 
 def install_wheel(wheel: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import re
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from skipcat_edge.errors import UserError
@@ -29,6 +30,10 @@ class RuntimeStatus:
     format_version: int | None = None
     """The highest version of the file format that it reads."""
     cpu_features: tuple[str, ...] = ()
+    cpu_variant: str | None = None
+    """Which of a wheel's CPU backends was chosen, for example `armv8.2_2`; None where there is only one."""
+    cpu_backend: bool = True
+    """There is one that this CPU can run."""
     rpc: bool = False
 
     @property
@@ -40,6 +45,8 @@ class RuntimeStatus:
             return f"llama_cpp {self.version} is not patched"
         if self.version != self.wanted:
             return f"llama_cpp is {self.version}, not {self.wanted}"
+        if not self.cpu_backend:
+            return "llama_cpp brings no CPU backend that runs on this processor"
         return None
 
 
@@ -52,6 +59,8 @@ def runtime_status() -> RuntimeStatus:
     except Exception as error:  # an ImportError, or whatever loading the library raises
         return RuntimeStatus(wanted, error=str(error).splitlines()[0] if str(error) else repr(error))
     name = _call(library._lib, "skipcat_runtime_version", ctypes.c_char_p)
+    # also loads the backends, where they are libraries of their own
+    rpc = bool(library.llama_supports_rpc())
     features = library.llama_print_system_info().decode("utf-8", "replace")
     return RuntimeStatus(
         wanted,
@@ -60,7 +69,9 @@ def runtime_status() -> RuntimeStatus:
         patched=None if name is None else name.decode("utf-8", "replace"),
         format_version=_call(library._lib, "skipcat_format_version", ctypes.c_int32),
         cpu_features=tuple(re.findall(r"(\w+) = 1\b", features)),
-        rpc=bool(library.llama_supports_rpc()),
+        cpu_variant=loaded_cpu_variant(),
+        cpu_backend="CPU :" in features,
+        rpc=rpc,
     )
 
 
@@ -69,6 +80,16 @@ def require_patched() -> None:
     status = runtime_status()
     if status.patched is None:
         raise UserError(f"The runtime is missing: {status.problem}; run `{BUILD_COMMAND}`.")
+
+
+def loaded_cpu_variant() -> str | None:
+    """Which CPU backend of several this process has loaded, from the libraries that it has mapped."""
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"/libggml-cpu-([\w.]+)\.so$", maps, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _call(library: ctypes.CDLL, function: str, result: Any) -> Any:

@@ -10,9 +10,11 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.build import build_dir, build_env, cmake_args, compilers, find_tool, jobs
 from skipcat_edge.runtime.progress import run_logged
 from skipcat_edge.runtime.source import log_path, patched_tree, stock_tree
+from skipcat_edge.runtime.target import Target
 
 TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize")
 KINDS = ("stock", "patched")
+PHONE_TOOLS = ("llama-completion", "llama-bench", "llama-perplexity")
 
 
 def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | None = None) -> list[Path]:
@@ -22,9 +24,7 @@ def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | N
     what the patches leave alone. `source`: the archive to use instead of the package index.
     Raises UserError if CMake, Ninja or a compiler is missing, or with the log's path if a build fails.
     """
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    if cmake is None or ninja is None:
-        raise UserError("CMake and Ninja are needed; run `pip install 'skipcat-edge[build]'`.")
+    cmake, ninja = _build_tools()
     compilers()  # before anything is fetched
     directories = []
     for kind in kinds:
@@ -45,10 +45,47 @@ def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | N
     return directories
 
 
-def _copy_new(source: Path, target: Path) -> Path:
-    """Copy programs and libraries whose time differs; the programs find the libraries beside them."""
+def build_phone_tools(out: Path, target: Target, march: str, source: Path | None = None) -> Path:
+    """Build `PHONE_TOOLS` into the directory `out`, patched and static: copied to a phone they run over adb,
+    on any Linux kernel of `target`, and need no C library of the phone's.
+
+    `march`: the compiler's name of the instruction set; a program for a newer one than the phone has dies
+    of an illegal instruction. Raises UserError as `build_native_tools`.
+    """
+    cmake, ninja = _build_tools()
+    compilers(target)
+    tree = patched_tree(source)
+    build = build_dir(tree, f"phone-{march}")
+    log, env = log_path("phone"), build_env(tree, target)
+    # llama.cpp's own project: the Python package's builds shared libraries only
+    configure = [
+        cmake, "-S", str(tree / "vendor" / "llama.cpp"), "-B", str(build), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}", *cmake_args(), *target.cross_args, "-DGGML_RPC=OFF",
+        "-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_STATIC=ON", "-DGGML_NATIVE=OFF",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static", f"-DGGML_CPU_ARM_ARCH={march}", "-DLLAMA_BUILD_TOOLS=ON",
+        "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF",
+        "-DLLAMA_OPENSSL=OFF",
+    ]
+    run_logged(configure, title="Configuring the phone's tools", log=log, env=env)
+    run_logged([ninja, "-C", str(build), f"-j{jobs()}", *PHONE_TOOLS], title="Building the phone's tools",
+               log=log, env=env, append=True)
+    return _copy_new(build / "bin", out, PHONE_TOOLS)
+
+
+def _build_tools() -> tuple[str, str]:
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    if cmake is None or ninja is None:
+        raise UserError("CMake and Ninja are needed; run `pip install 'skipcat-edge[build]'`.")
+    return cmake, ninja
+
+
+def _copy_new(source: Path, target: Path, names: Sequence[str] | None = None) -> Path:
+    """Copy programs and libraries (of `names`, if given) whose time differs; programs find libraries beside
+    them."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
+        if names is not None and file.name not in names:
+            continue
         copy = target / file.name
         if not copy.exists() or copy.stat().st_mtime != file.stat().st_mtime:
             # A program that runs cannot be written to, only replaced.

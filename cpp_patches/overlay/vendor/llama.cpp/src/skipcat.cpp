@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#define SKIPCAT_RUNTIME_REVISION 1
+#define SKIPCAT_RUNTIME_REVISION 2
 #define SKIPCAT_FORMAT_VERSION   1
 
 #define SKIPCAT_STR_(x) #x

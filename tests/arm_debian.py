@@ -1,0 +1,79 @@
+"""An arm64 Debian without Arm hardware: unpacked by debootstrap, its programs run by qemu through proot.
+
+Needs no root, and no binary format registered with the kernel; `make test-arm` says what to install.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TOOLS = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64-static": "qemu-user-static",
+    "proot": "proot", "debootstrap": "debootstrap",
+}
+SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
+PYTHON = "3.11"
+_BASE = ("python3", "python3-venv")
+
+
+def missing_packages() -> list[str]:
+    """Debian packages of the tools that are not here."""
+    return [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+
+
+class ArmDebian:
+    """A root file system below `folder`, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / SUITE
+        done = folder / f"{SUITE}.done"
+        if not done.exists():
+            shutil.rmtree(self.root, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            first = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase",
+                     f"--include={','.join(_BASE)}", SUITE, str(self.root), MIRROR]
+            subprocess.run(first, check=True, capture_output=True, text=True)
+            # where debootstrap may not mount, it leaves a link to the host's
+            if (self.root / "proc").is_symlink():
+                (self.root / "proc").unlink()
+                (self.root / "proc").mkdir()
+            self.run(["/debootstrap/debootstrap", "--second-stage"], DEBOOTSTRAP_DIR="/debootstrap")
+            done.touch()
+
+    def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
+        """Standard output of `command` in there, on a `cpu` that qemu knows (None: with all it has).
+
+        Raises CalledProcessError where it fails.
+        """
+        emulator = "qemu-aarch64-static" if cpu is None else f"qemu-aarch64-static -cpu {cpu}"
+        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8",
+                 "DEBIAN_FRONTEND": "noninteractive", **env}
+        prefix = ["proot", "-q", emulator, "-0", "-r", str(self.root), "-b", "/proc", "-b", "/dev",
+                  "-w", "/root", "/usr/bin/env", "-i", *(f"{name}={value}" for name, value in clean.items())]
+        done = subprocess.run([*prefix, *command], capture_output=True, text=True,
+                              env={"PATH": os.environ["PATH"]})
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+        return done.stdout
+
+    def install(self, wheels: Path, requirements: Sequence[str]) -> None:
+        """`requirements` into a fresh virtual environment at /venv, from the folder `wheels` only."""
+        shutil.rmtree(self.root / "venv", ignore_errors=True)
+        inside = self.root / "wheels"
+        shutil.rmtree(inside, ignore_errors=True)
+        shutil.copytree(wheels, inside)
+        self.run(["python3", "-m", "venv", "/venv"])
+        self.run(["/venv/bin/python", "-m", "pip", "install", "--no-index", "--find-links", "/wheels",
+                  "--disable-pip-version-check", *requirements])
+
+
+def download(requirements: Sequence[str], wheels: Path) -> None:
+    """Wheels of `requirements` for arm64 and what they depend on, from the package index."""
+    platforms = [f"--platform=manylinux{version}_aarch64" for version in ("_2_28", "2014", "_2_17")]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *platforms,
+                    f"--python-version={PYTHON}", "--dest", str(wheels), *requirements], check=True)

@@ -1,0 +1,110 @@
+"""The aarch64 wheel without Arm hardware: installed in an arm64 Debian, its programs run by qemu.
+
+Not part of `make test`: `make test-arm` builds the wheel and the Debian first, which takes a while.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from arm_debian import ArmDebian, download, missing_packages
+from click.testing import CliRunner
+from conversion import DEMO, convert_model
+
+from skipcat_edge.cli import main
+from skipcat_edge.runtime.build import build_wheel
+from skipcat_edge.runtime.target import Target
+
+pytestmark = [pytest.mark.arm, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "arm"
+# qemu's name of a CPU -> the variant that must be chosen on it
+CPUS = {
+    "cortex-a72": "armv8.0_1",  # Raspberry Pi 4: no dotprod
+    "neoverse-n1": "armv8.2_2",  # the cortex-a76 of a Raspberry Pi 5 in all that counts: dotprod, fp16
+    "max,sve=off,sme=off": "armv8.6_0",  # phones: i8mm, no SVE
+    "max,sme=off": "armv8.6_2",
+}
+every_cpu = pytest.mark.parametrize("cpu", CPUS)
+PROMPT = "Once upon a time, there was a little fox who"
+
+
+@pytest.fixture(scope="module")
+def debian() -> ArmDebian:
+    """An arm64 Debian with skipcat-edge, the cross-built runtime and pytest in /venv."""
+    if missing := missing_packages():
+        pytest.skip(f"sudo apt install {' '.join(missing)}")
+    wheels = BUILD / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    for old in wheels.glob("*skipcat*"):
+        old.unlink()
+    runtime = build_wheel(wheels, None, Target("aarch64"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels),
+                    str(ROOT)], check=True)
+    (own,) = wheels.glob("skipcat_edge-*.whl")
+    download([str(runtime), str(own), "pytest"], wheels)
+    system = ArmDebian(BUILD)
+    system.install(wheels, ["skipcat-edge", f"/wheels/{runtime.name}", "pytest"])
+    tests = system.root / "root" / "tests"
+    shutil.rmtree(tests, ignore_errors=True)
+    tests.mkdir()
+    for name in ("test_skip_gather.py", "conftest.py", "conversion.py"):
+        shutil.copy(ROOT / "tests" / name, tests)
+    return system
+
+
+@every_cpu
+def test_the_best_variant_is_chosen(debian: ArmDebian, cpu: str) -> None:
+    out = debian.run(["/venv/bin/skipcat-edge", "runtime", "check"], cpu)
+    assert f"CPU variant      {CPUS[cpu]}\n" in out
+    features = out.partition("CPU features")[2].partition("\n")[0].split()
+    assert ("DOTPROD" in features) == (cpu != "cortex-a72")
+    assert ("MATMUL_INT8" in features) == cpu.startswith("max")
+
+
+@every_cpu
+def test_the_op_equals_numpy(debian: ArmDebian, cpu: str) -> None:
+    command = ["/venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    out = debian.run([*command, "/root/tests/test_skip_gather.py"], cpu)
+    assert " passed" in out and "failed" not in out and "skipped" not in out
+
+
+@every_cpu
+def test_golden_logits(debian: ArmDebian, cpu: str) -> None:
+    outcomes = json.loads(debian.run(["/venv/bin/skipcat-edge", "runtime", "selftest", "--json"], cpu))
+    assert {outcome["model"] for outcome in outcomes} == {"F16", "Q8_0", "Q4_0", "Q4_K"}
+    for outcome in outcomes:
+        assert max(outcome["prompt_error"], outcome["decode_error"]) < outcome["tolerance"], outcome
+
+
+@pytest.fixture(scope="module")
+def models(
+    debian: ArmDebian, demo_dense_gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The demo model at ratio 0.8, by type, here and in there below /root."""
+    found = {}
+    for quant in ("Q8_0", "Q4_0", "F16"):
+        found[quant] = tmp_path_factory.mktemp("arm") / f"{quant}.gguf"
+        convert_model(DEMO / "model", found[quant], base=demo_dense_gguf, quant=quant, method="auto",
+                      calibration=DEMO / "calibration.txt", calib_tokens=8000, compensate=False)
+        shutil.copy(found[quant], debian.root / "root")
+    return found
+
+
+@every_cpu
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "F16"])
+def test_greedy_tokens_are_those_of_this_machine(
+    debian: ArmDebian, models: dict[str, Path], quant: str, cpu: str
+) -> None:
+    arguments = ["-p", PROMPT, "-n", "24", "--threads", "2"]
+    here = CliRunner().invoke(main, ["generate", str(models[quant]), *arguments])
+    assert here.exit_code == 0, here.output
+    there = debian.run(["/venv/bin/skipcat-edge", "generate", f"/root/{quant}.gguf", *arguments], cpu)
+    assert there == here.stdout
+    assert len(there) > len(PROMPT)
