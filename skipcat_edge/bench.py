@@ -34,6 +34,20 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class PhoneConditions:
+    """What a measurement on a phone depends on besides the file. Temperatures are those of the hottest CPU
+    zone in °C, around the repetitions of all files, None where the phone does not tell."""
+
+    cpus: tuple[int, ...]
+    """The CPUs that the threads were pinned to; empty for all."""
+    celsius_before: float | None
+    celsius_after: float | None
+    prompt_last_to_first: float
+    """Speed of the last repetition over that of the first: below 1 where the phone throttles."""
+    decode_last_to_first: float | None
+
+
+@dataclass(frozen=True)
 class Result:
     """One file's measurements; speeds in tokens per second."""
 
@@ -41,15 +55,21 @@ class Result:
     prompt_tps: Spread
     decode_tps: Spread | None
     """None for a model without a decoder."""
-    load_s: float
-    peak_rss_bytes: int
+    load_s: float | None
+    """None for a phone, whose llama-bench does not tell; so is the memory."""
+    peak_rss_bytes: int | None
     """Resident memory at its highest, of a fresh process that measured only this file; Python and
     the library are about 60 MB of it."""
     threads: int
+    phone: PhoneConditions | None = None
+    """None for this machine."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields above as plain values."""
-        return asdict(self)
+        """The fields above as plain values; `phone` only where there is one."""
+        values = asdict(self)
+        if self.phone is None:
+            del values["phone"]
+        return values
 
 
 class Worker:

@@ -17,7 +17,7 @@ TOOLS = {
     "proot": "proot", "debootstrap": "debootstrap",
 }
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
-PYTHON = "3.11"
+PYTHON, GLIBC = "3.11", 36
 _BASE = ("python3", "python3-venv")
 
 
@@ -74,6 +74,6 @@ class ArmDebian:
 
 def download(requirements: Sequence[str], wheels: Path) -> None:
     """Wheels of `requirements` for arm64 and what they depend on, from the package index."""
-    platforms = [f"--platform=manylinux{version}_aarch64" for version in ("_2_28", "2014", "_2_17")]
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(GLIBC, 16, -1)]
     subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *platforms,
                     f"--python-version={PYTHON}", "--dest", str(wheels), *requirements], check=True)
