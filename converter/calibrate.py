@@ -31,7 +31,8 @@ class CalibrationOptions:
     seq_len: int | None = None
     gradients: bool = True
     device: str = "cpu"
-    seed: int = 0
+    seed: int | None = None
+    """None: 0, or whatever statistics that are there already were taken with."""
 
 
 def obtain_statistics(
@@ -46,11 +47,12 @@ def obtain_statistics(
     with phase("Reading the model", 1) as advance:
         digest = source_sha256(source, path)
         advance(1)
-    expected = Provenance(digest, None, 0, None, None, options.gradients, None)
+    expected = Provenance(digest, None, 0, options.seq_len, options.tokens, options.gradients, options.seed)
     if options.text is not None:
         expected = Provenance(
             digest, _text_sha256(options.text), 0, options.seq_len or DEFAULT_SEQ_LEN,
-            DEFAULT_TOKENS if options.tokens is None else options.tokens, options.gradients, options.seed)
+            DEFAULT_TOKENS if options.tokens is None else options.tokens, options.gradients,
+            options.seed or 0)
     if path.exists():
         statistics = read_statistics(path, expected)
         _check_shapes(statistics, reader, path)
@@ -75,7 +77,7 @@ def obtain_statistics(
         phase("Calibrating", 2 * (blocks[-1] + 1) * len(calibration.batches)) as advance,
     ):
         found = block_statistics(model, layers, calibration, lambda: advance(1), options.gradients,
-                                 options.seed)
+                                 options.seed or 0)
         write_statistics(partial, provenance, layers, with_output, found)
     return Statistics(path, provenance, layers)
 

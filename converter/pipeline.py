@@ -63,7 +63,8 @@ class ConvertOptions:
     calib_tokens: int | None = None
     seq_len: int | None = None
     device: str = "cpu"
-    seed: int = 0
+    seed: int | None = None
+    """Of gradients; None: 0, or that of the statistics that are there."""
     force: bool = False
 
     @property
@@ -111,7 +112,7 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
 
     Raises UserError for bad input; see each stage.
     """
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed or 0)
     if options.allocation == "flrc" and not (options.gradients and options.method.whiten):
         raise UserError("--allocation flrc weighs projections by gradients of the calibration text; "
                         "leave out --no-grad, and choose a --method other than svd.")
@@ -269,5 +270,5 @@ def _metadata(
         fmt.KEY_SOURCE_NAME: (options.source_name or options.source.resolve().name, GGUFValueType.STRING),
         fmt.KEY_CALIBRATION_SHA256: (known.text_sha256 or "" if known else "", GGUFValueType.STRING),
         fmt.KEY_CALIBRATION_TOKENS: (known.tokens if known else 0, GGUFValueType.UINT32),
-        fmt.KEY_SEED: (options.seed, GGUFValueType.UINT32),
+        fmt.KEY_SEED: ((known and known.seed) or options.seed or 0, GGUFValueType.UINT32),
     }

@@ -156,19 +156,16 @@ def read_statistics(path: Path, expected: Provenance) -> Statistics:
     of `expected` that is None, and its tokens, may be anything; statistics with gradients serve
     those who need none.
     """
+    provenance, metadata = _read_metadata(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError("another kind of file")
-        provenance = Provenance(**json.loads(metadata["provenance"]))
         groups = [tuple(Layer(**layer) for layer in group) for group in json.loads(metadata["groups"])]
         layers = LayerMap(metadata["architecture"], groups, dict(json.loads(metadata["dense"])))
         _check_tensors(path, layers)
-    except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"{path} does not hold calibration statistics ({first_line(error)}); "
-                        "name another file with --stats.") from None
-    for field, word in _WORDS.items():
+    except _BROKEN as error:
+        raise _no_statistics(path, error) from None
+    # only gradients are random
+    words = {field: word for field, word in _WORDS.items() if field != "seed" or provenance.gradients}
+    for field, word in words.items():
         wanted = getattr(expected, field)
         known = getattr(provenance, field)
         if wanted is not None and known != wanted:
@@ -179,6 +176,30 @@ def read_statistics(path: Path, expected: Provenance) -> Statistics:
         raise UserError(f"{path} holds statistics without gradients; pass --no-grad, "
                         "or remove it so that they are taken.")
     return Statistics(path, provenance, layers)
+
+
+def read_provenance(path: Path) -> Provenance:
+    """What the statistics at `path` were taken from. Raises UserError where there are none."""
+    return _read_metadata(path)[0]
+
+
+_BROKEN = (SafetensorError, ValueError, TypeError, KeyError, OSError)
+
+
+def _read_metadata(path: Path) -> tuple[Provenance, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError("another kind of file")
+        return Provenance(**json.loads(metadata["provenance"])), metadata
+    except _BROKEN as error:
+        raise _no_statistics(path, error) from None
+
+
+def _no_statistics(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} does not hold calibration statistics ({first_line(error)}); "
+                     "name another file with --stats.")
 
 
 def _check_tensors(path: Path, layers: LayerMap) -> None:

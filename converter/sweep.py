@@ -17,6 +17,7 @@ from .compression import Weights
 from .factorize import Method
 from .planning import Budget, dense_plan, make_plan, measure_groups, plan_bytes
 from .quantized import Rounding
+from .statistics_file import read_provenance
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,31 @@ class SweepRow:
     layers: int
 
 
+@dataclass(frozen=True)
+class Impossible:
+    """A choice that cannot be had."""
+
+    type: str
+    ratio: float
+    reason: str
+
+
 def sweep(
     source: Path, base: Path | None, stats: Path, tree: Path, method: Method,
     types: Sequence[GGMLQuantizationType], ratios: Sequence[float], phase: Phase, name: str | None = None,
-) -> list[SweepRow]:
-    """A row for each of `types` and `ratios` from the statistics in `stats`; the model is not run.
+) -> tuple[list[SweepRow], list[Impossible]]:
+    """A row for each of `types` and `ratios` from the statistics in `stats`, the model not being run; and
+    what the types' grids of ranks do not reach.
 
-    A ratio that a type's grid of ranks does not reach is left out. Raises UserError where the
-    statistics are another model's, or were taken without gradients.
+    Raises UserError where the statistics are another model's, or were taken without gradients.
     """
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="skipcat-sweep") as scratch:
+    _check_gradients(stats)
+    rows, impossible = [], []
+    # a large base file should not go where memory may be the disk
+    with tempfile.TemporaryDirectory(prefix=f".{stats.name}", dir=stats.absolute().parent) as scratch:
         reader = open_base(base, source, Path(scratch), GGMLQuantizationType.F16, tree, phase, name)
         statistics = obtain_statistics(source, reader, tree, CalibrationOptions(None, gradients=False), stats,
                                        phase)
-        if not statistics.provenance.gradients:
-            raise UserError(f"{stats} holds statistics without gradients, which predict no model's loss; "
-                            "calibrate again without --no-grad.")
         layers = statistics.layers
         weights = Weights.of(reader, layers.groups, "cpu")
         elements = sum(layer.m * layer.n for group in layers.groups for layer in group)
@@ -63,10 +72,21 @@ def sweep(
                     try:
                         plan = dense_plan(groups) if ratio == 1 else make_plan(
                             groups, method, "loss", Budget("ratio", ratio), type_)
-                    except UserError:
+                    except UserError as error:
+                        impossible.append(Impossible(type_.name, ratio, str(error)))
                         continue
                     assert plan.loss is not None
                     nbytes = plan_bytes(plan, groups, type_)
                     rows.append(SweepRow(type_.name, ratio, nbytes, 8 * nbytes / elements, plan.loss / 2,
                                          len(plan.dense), len(weights.layers)))
-    return rows
+    return rows, impossible
+
+
+def _check_gradients(stats: Path) -> None:
+    """Before anything that takes long. Raises UserError."""
+    if not stats.exists():
+        raise UserError(f"{stats} does not exist; `skipcat-edge convert --calibration TEXT --stats {stats}` "
+                        "takes statistics.")
+    if not read_provenance(stats).gradients:
+        raise UserError(f"{stats} holds statistics without gradients, which predict no model's loss; "
+                        "calibrate again without --no-grad.")

@@ -144,7 +144,10 @@ class Adb:
             for pattern, sentence in _CAUSES:
                 if re.match(pattern, said[1]):
                     raise UserError(sentence)
-            raise UserError(f"adb failed: {said[1].rstrip('.')}; `adb devices` says which phones it can use.")
+            # programs on the phone begin their own errors like adb
+            if "shell" not in arguments:
+                raise UserError(
+                    f"adb failed: {said[1].rstrip('.')}; `adb devices` says which phones it can use.")
         return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -152,7 +155,7 @@ def phone_device(name: str) -> Device:
     """The device `name`, if it can be one that programs are sent to over adb. Raises UserError for an
     unknown name, for `host` and for x86-64."""
     device = load_device(name)
-    if device.build.target is None or device.architecture != "aarch64":
+    if name == "host" or device.architecture != "aarch64":
         raise UserError(f"{name} is no 64-bit Arm device to send programs to; name one like pixel-8, or "
                         "generic-aarch64 for a phone that `skipcat-edge devices` does not list.")
     return device

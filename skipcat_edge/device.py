@@ -75,11 +75,9 @@ class Build:
     """How to compile for the device."""
 
     march: str
-    """GCC's and Clang's `-march`."""
+    """GCC's `-march` of programs for this device alone; wheels hold code for many."""
     android: bool
     """It has no glibc: only static programs run (`make phone`), and no wheel does."""
-    target: str | None = None
-    """Target triple of a cross compiler; None for what is built on the device itself."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +316,6 @@ def _memory(table: _Table) -> Memory:
 
 
 def _build(table: _Table) -> Build:
-    build = Build(table.text("march"), table.flag("android"), table.optional_text("target"))
+    build = Build(table.text("march"), table.flag("android"))
     table.finish()
     return build

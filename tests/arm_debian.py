@@ -1,6 +1,7 @@
 """An arm64 Debian without Arm hardware: unpacked by debootstrap, its programs run by qemu through proot.
 
-Needs no root, and no binary format registered with the kernel; `make test-arm` says what to install.
+No binary format need be registered with the kernel. debootstrap wants root; a Debian that is there already
+does not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ TOOLS = {
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON, GLIBC = "3.11", 36
 _BASE = ("python3", "python3-venv")
+# debootstrap is in /usr/sbin, where users do not look
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 def missing_packages() -> list[str]:
     """Debian packages of the tools that are not here."""
-    return [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    return [package for tool, package in TOOLS.items() if shutil.which(tool, path=_PATH) is None]
 
 
 class ArmDebian:
@@ -37,7 +40,10 @@ class ArmDebian:
             folder.mkdir(parents=True, exist_ok=True)
             first = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase",
                      f"--include={','.join(_BASE)}", SUITE, str(self.root), MIRROR]
-            subprocess.run(first, check=True, capture_output=True, text=True)
+            env = {**os.environ, "PATH": _PATH}
+            unpacked = subprocess.run(first, capture_output=True, text=True, env=env)
+            if unpacked.returncode:
+                raise RuntimeError(f"debootstrap failed: {(unpacked.stderr or unpacked.stdout)[-500:]}")
             # where debootstrap may not mount, it leaves a link to the host's
             if (self.root / "proc").is_symlink():
                 (self.root / "proc").unlink()
@@ -48,7 +54,7 @@ class ArmDebian:
     def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
         """Standard output of `command` in there, on a `cpu` that qemu knows (None: with all it has).
 
-        Raises CalledProcessError where it fails.
+        Raises RuntimeError with the end of what it said where it fails.
         """
         emulator = "qemu-aarch64-static" if cpu is None else f"qemu-aarch64-static -cpu {cpu}"
         clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8",
@@ -58,7 +64,8 @@ class ArmDebian:
         done = subprocess.run([*prefix, *command], capture_output=True, text=True,
                               env={"PATH": os.environ["PATH"]})
         if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+            said = done.stdout[-500:] + done.stderr[-500:]
+            raise RuntimeError(f"{command} failed with {done.returncode}: {said}")
         return done.stdout
 
     def install(self, wheels: Path, requirements: Sequence[str]) -> None:

@@ -370,7 +370,8 @@ def main(models: tuple[str, ...], quick: bool, out: Path | None, cache: Path, re
             progress.update(task, description=name)
     rows = {name: [known[job] for job in jobs if job in known] for name, jobs in wanted.items()}
     missing = {name: len(jobs) - len(rows[name]) for name, jobs in wanted.items()}
-    click.echo(write_report(out, rows, asdict(scale), missing, times))
+    chosen_times = {name: times[name] for name in chosen if name in times}
+    click.echo(write_report(out, rows, asdict(scale), missing, chosen_times))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 from arm_debian import ArmDebian, download, missing_packages
+from click.testing import CliRunner
 from conversion import DEMO, convert_model
 
+from skipcat_edge.cli import main
+from skipcat_edge.device import load_device
 from skipcat_edge.runtime.build import build_wheel
+from skipcat_edge.runtime.native_tools import PHONE_TOOLS, build_phone_tools
 from skipcat_edge.runtime.target import Target
 
 pytestmark = [pytest.mark.arm, pytest.mark.slow]
@@ -108,3 +112,35 @@ def test_greedy_tokens_are_those_of_this_machine(
     there = debian.run(command, cpu)
     assert there == here
     assert len(there.split()) == 24
+
+
+def test_static_programs_for_a_phone(tmp_path: Path, demo_dense_gguf: Path) -> None:
+    if missing := missing_packages():
+        pytest.skip(f"sudo apt install {' '.join(missing)}")
+    low_rank = tmp_path / "low.gguf"
+    convert_model(DEMO / "model", low_rank, base=demo_dense_gguf, quant="Q4_0", method="skip", ratio=0.9,
+                  calibration=DEMO / "calibration.txt", calib_tokens=2000)
+    device = load_device("generic-aarch64")
+    out = build_phone_tools(BUILD / "phone", Target(device.architecture), device.build.march)
+    for program in PHONE_TOOLS:
+        # neither an interpreter nor a library of Android's is asked for
+        headers = subprocess.run(["aarch64-linux-gnu-readelf", "-lW", str(out / program)], check=True,
+                                 capture_output=True, text=True).stdout
+        assert "AArch64" not in headers and "INTERP" not in headers and "DYNAMIC" not in headers
+
+    def on_a_cortex_a72(*command: str) -> str:
+        emulated = ["qemu-aarch64-static", "-cpu", "cortex-a72", str(out / command[0]), *command[1:]]
+        return subprocess.run(emulated, check=True, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL).stdout
+
+    rows = json.loads(on_a_cortex_a72("llama-bench", "-m", str(low_rank), "-p", "16", "-n", "4", "-r", "1",
+                                      "-t", "2", "-o", "json"))
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(16, 0), (0, 4)]
+    assert all(row["avg_ts"] > 0 for row in rows)
+    text = on_a_cortex_a72("llama-completion", "-m", str(low_rank), "-p", PROMPT, "-n", "12", "--temp", "0",
+                           "-no-cnv", "-t", "2")
+    here = CliRunner().invoke(main, ["generate", str(low_rank), "-p", PROMPT, "-n", "12", "--threads", "2"])
+    assert here.exit_code == 0, here.output
+    continuation = here.stdout.partition(PROMPT)[2].strip()
+    assert len(continuation.split()) > 5
+    assert continuation in text

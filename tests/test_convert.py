@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -307,67 +306,6 @@ def test_a_budget_below_embeddings_and_norms_names_the_smallest_size(
     result = run(*arguments, "--budget", str(smallest + 1))
     assert result.exit_code == 0, result.output
     assert out.stat().st_size <= smallest + 1
-
-
-def sweep(*arguments: object) -> list[dict[str, Any]]:
-    result = CliRunner().invoke(main, ["sweep", *map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.output
-    rows: list[dict[str, Any]] = json.loads(result.stdout)
-    return rows
-
-
-def test_a_sweep_runs_no_model_and_decomposes_each_layer_once(
-    stats: Path, demo_dense_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from skipcat_converter import calibrate, candidates
-
-    calls: list[int] = []
-    decompose = candidates.decompose
-    monkeypatch.setattr(calibrate, "load_source", no_model)
-    monkeypatch.setattr(candidates, "decompose", lambda *args: calls.append(1) or decompose(*args))
-    rows = sweep(DEMO / "model", "--base", demo_dense_gguf, "--stats", stats, "--quant", "F16")
-    # 7 layers a block, and two groups that may share
-    assert len(calls) == 6 * 9
-    assert [row["ratio"] for row in rows] == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
-    losses = [row["loss"] for row in rows]
-    assert losses[0] == 0
-    assert losses == sorted(losses)
-
-
-def test_a_sweep_tells_what_convert_then_writes(stats: Path, demo_dense_gguf: Path, tmp_path: Path) -> None:
-    from skipcat_edge import divergence
-    from skipcat_edge.perplexity import text_chunks
-
-    arguments = [DEMO / "model", "--base", demo_dense_gguf, "--stats", stats, "--quant", "Q4_0"]
-    for row in sweep(*arguments, "--ratios", "1,0.8"):
-        out = tmp_path / f"{row['ratio']}.gguf"
-        result = run(*arguments, "-o", out, "--ratio", row["ratio"])
-        assert result.exit_code == 0, result.output
-        found = inspect(out)
-        assert found.totals.low_rank_bytes + found.totals.dense_layer_bytes == pytest.approx(
-            row["nbytes"], rel=0.001)
-        assert len(found.dense_layers) == row["dense"]
-        models = divergence.open_pair(out, demo_dense_gguf, 256)
-        chunks = text_chunks(models[0], TEXT.read_text("utf-8"), 256, 3000)
-        kl = divergence.compare(*models, chunks)[1].kl
-        # errors of different layers are taken for independent, which those of cut ranks are not
-        assert 0.5 < kl / row["loss"] < (2 if row["ratio"] == 1 else 4)
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--ratios", "0.9,many"], ["'0.9,many'", "commas"]),
-    (["--ratios", "0.9,1.5"], ["ratio is 1.5"]),
-    (["--quant", "Q9_9"], ["Q9_9"]),
-    (["--stats", "missing.safetensors"], ["missing.safetensors does not exist"]),
-])
-def test_a_sweep_refuses(
-    arguments: list[str], words: list[str], stats: Path, demo_dense_gguf: Path
-) -> None:
-    given = ["sweep", str(DEMO / "model"), "--base", str(demo_dense_gguf), "--stats", str(stats)]
-    result = CliRunner().invoke(main, [*given, *arguments])
-    assert result.exit_code == 2
-    for word in words:
-        assert word in result.output
 
 
 def test_types_that_need_importances_have_them_from_statistics(

@@ -33,7 +33,7 @@ cores = [
     { kind = "a55", count = 2, cpus = [0, 1], features = ["asimd"], source = "A" },
 ]
 threads = { recommended = 2, affinity = [2, 3], reason = "One for each fast core." }
-build = { target = "aarch64-linux-gnu", march = "armv8.2-a", android = false }
+build = { march = "armv8.2-a", android = false }
 
 [memory]
 ram_bytes = [1_000, 2_000]
@@ -77,7 +77,6 @@ def test_every_file_agrees_with_itself(name: str) -> None:
     device = load_device(name)
     assert device.name == name
     build, memory = device.build, device.memory
-    assert build.target is not None and build.target.startswith(f"{device.architecture}-linux")
     assert build.android == (name in ("pixel-8", "snapdragon-8-gen-3"))
     # Code for the device needs nothing that one of its cores lacks, and leaves out no kernel of llama.cpp.
     for option, feature in (("dotprod", "asimddp"), ("fp16", "asimdhp"), ("i8mm", "i8mm"), ("bf16", "bf16")):
@@ -105,7 +104,7 @@ def test_threads_run_on_every_core_but_slow_ones(name: str) -> None:
 
 def test_generic_devices_claim_no_hardware() -> None:
     for device in map(load_device, ("generic-aarch64", "generic-x86-64")):
-        assert (device.threads, device.memory, len(device.features)) == (None, Memory(), 1)
+        assert (device.threads, device.memory) == (None, Memory())
 
 
 def test_a_valid_file(tmp_path: Path) -> None:
@@ -237,7 +236,7 @@ def test_a_phone(machine: Machine) -> None:
     assert affinity(device) == (2, 3, 4, 5, 6, 7)
     assert device.features == ("asimd", "asimdhp", "asimddp")  # of those that llama.cpp knows
     assert (device.architecture, device.memory.ram_bytes) == ("aarch64", (4096,))
-    assert (device.build.march, device.build.target) == ("native", None)
+    assert device.build.march == "native"
 
 
 @pytest.mark.parametrize(("usable", "expected"), [
@@ -361,7 +360,7 @@ def test_all_of_one() -> None:
     for said in (device.title, device.description, "threads: 4, on CPUs 0-3", "2400 MHz",
                  "RAM: 1, 2, 4, 8, 16 GiB", "theoretical bandwidth: 17.1 GB/s",
                  "measured bandwidth: 11.6 GB/s",
-                 "-march=armv8.2-a+fp16+dotprod for aarch64-linux-gnu"):
+                 "code for it alone: -march=armv8.2-a+fp16+dotprod"):
         assert said in text
     for source in sources(device):
         assert f"    source: {source}\n" in text
@@ -370,7 +369,7 @@ def test_all_of_one() -> None:
 def test_what_is_not_known_of_one() -> None:
     text = run("pixel-8")
     assert "measured bandwidth: not known\n" in text
-    assert "static programs only" in text
+    assert "in static programs only" in text
     assert text.count("    source: ") == 2  # one for all kinds of cores, one for the RAM
     assert "threads:" not in run("generic-x86-64")
 

@@ -20,6 +20,19 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+def cpu_library() -> ctypes.CDLL:
+    """The CPU backend in use; of a wheel with several, the one that llama.cpp chose."""
+    from llama_cpp import llama_cpp
+
+    from skipcat_edge.runtime.check import loaded_cpu_variant
+    from skipcat_edge.runtime.library import library_dir, load_library
+
+    if not any(library_dir().glob("libggml-cpu-*")):
+        return load_library("ggml-cpu")
+    llama_cpp.llama_supports_rpc()  # loads the backends
+    return load_library(f"ggml-cpu-{loaded_cpu_variant()}")
+
+
 class Ggml:
     """The few functions of ggml that a one-node graph needs, without their prefix."""
 
@@ -27,7 +40,7 @@ class Ggml:
         raise AttributeError(name)
 
     def __init__(self) -> None:
-        from skipcat_edge.runtime.library import cpu_library, load_library
+        from skipcat_edge.runtime.library import load_library
 
         self.base, self.cpu = load_library("ggml-base"), cpu_library()
         pointer, size = ctypes.c_void_p, ctypes.c_int64

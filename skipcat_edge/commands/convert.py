@@ -46,7 +46,8 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 @click.option("--calib-tokens", type=click.IntRange(1), help="Tokens to read.  [default: up to 65,536]")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per calibration window.  [default: 256]")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1),
+              help="Of the loss whose gradients are taken.  [default: 0]")
 @click.option("--base", type=click.Path(path_type=Path),
               help="Dense GGUF of the same model, instead of converting it here.")
 @click.option("--runtime-source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -70,7 +71,7 @@ def command(
     calib_tokens: int | None,
     seq_len: int | None,
     device: str,
-    seed: int,
+    seed: int | None,
     base: Path | None,
     runtime_source: Path | None,
     force: bool,
@@ -163,20 +164,10 @@ def _report(output: Path, result: ConvertResult) -> None:
 def _compact(tensors: list[str]) -> list[str]:
     """`blk.0.ffn_up.weight`, `blk.1.ffn_up.weight` -> `blk.0-1.ffn_up`."""
     from skipcat_edge.format import split_block
+    from skipcat_edge.terminal import ranges
 
     blocks: dict[str, list[int]] = {}
     for tensor in tensors:
         block, rest = split_block(tensor) or (-1, tensor)
         blocks.setdefault(rest.removesuffix(".weight"), []).append(block)
-    return [f"blk.{_ranges(sorted(found))}.{member}" for member, found in blocks.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> `0-2,5`; `numbers` ascend."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return [f"blk.{ranges(found)}.{member}" for member, found in blocks.items()]

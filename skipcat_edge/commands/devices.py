@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -34,7 +36,14 @@ def command(name: str | None, as_json: bool) -> None:
         else:
             _print_one(device)
         return
-    devices = [load_device(each) for each in device_names()]
+    devices = []
+    for each in device_names():
+        try:
+            devices.append(load_device(each))
+        except UserError as error:
+            if each != "host":
+                raise
+            click.echo(f"host is left out: {error}", err=True)
     if as_json:
         click.echo(json.dumps([device.to_json() for device in devices], indent=2))
     else:
@@ -61,7 +70,7 @@ def _print_all(devices: list[Device]) -> None:
 def _print_one(device: Device) -> None:
     from rich.markup import escape
 
-    from skipcat_edge.terminal import new_table, stdout_console
+    from skipcat_edge.terminal import new_table, ranges, stdout_console
 
     console = stdout_console()
     console.print(escape(f"{device.name}: {device.title}, {device.architecture}"))
@@ -70,7 +79,7 @@ def _print_one(device: Device) -> None:
     table = new_table("cores", "CPUs", "features", "count", "max. clock", left=3)
     for cores in device.cores:
         table.add_row(
-            escape(cores.kind), _cpus(cores.cpus) or "-", " ".join(cores.features) or "-",
+            escape(cores.kind), ranges(cores.cpus) or "-", " ".join(cores.features) or "-",
             str(cores.count or "-"), f"{cores.max_mhz} MHz" if cores.max_mhz else "-",
         )
     console.print(table)
@@ -80,7 +89,7 @@ def _print_one(device: Device) -> None:
     threads, memory, build = device.threads, device.memory, device.build
     if threads is not None:
         console.print(f"threads: {threads.recommended}, on {'CPUs' if threads.recommended > 1 else 'CPU'} "
-                      f"{_cpus(threads.affinity)}")
+                      f"{ranges(threads.affinity)}")
         console.print(escape(f"    {threads.reason}"))
     for what, figure, source in (
         ("RAM", _ram(memory.ram_bytes), memory.ram_source),
@@ -90,8 +99,8 @@ def _print_one(device: Device) -> None:
         console.print(f"{what}: {figure if source else 'not known'}")
         if source:
             _print_source(console, source)
-    console.print(escape(f"build: -march={build.march} for {build.target or 'this machine, natively'}"
-                         f"{', static programs only' if build.android else ''}"))
+    console.print(escape(f"code for it alone: -march={build.march}"
+                         f"{', in static programs only' if build.android else ''}"))
 
 
 def _print_source(console: Console, source: str) -> None:
@@ -102,17 +111,6 @@ def _print_source(console: Console, source: str) -> None:
 
 def _all_cores(kinds: Sequence[Cores]) -> str:
     return ", ".join(f"{cores.count} x {cores.kind}" if cores.count else cores.kind for cores in kinds)
-
-
-def _cpus(numbers: Sequence[int]) -> str:
-    """Runs of numbers: `0-3,7`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _ram(sizes: Sequence[int]) -> str:

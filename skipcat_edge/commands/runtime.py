@@ -58,7 +58,9 @@ def build(out: Path, source: Path | None, device: str | None, install: bool) -> 
         install_wheel(wheel)
         click.echo("Installed; `skipcat-edge runtime check` shows it.")
     else:
-        click.echo(f"To install it: pip install {wheel}", err=True)
+        here = target is None or target.is_this_machine
+        click.echo(f"To install it: {'' if here else 'copy it to the device, and there '}pip install "
+                   f"{wheel if here else wheel.name}", err=True)
 
 
 @command.command()

@@ -12,7 +12,7 @@ import click
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from skipcat_converter.sweep import SweepRow
+    from skipcat_converter.sweep import Impossible, SweepRow
 
 
 @click.command(short_help="Predict size and loss at many ratios and types.")
@@ -32,7 +32,7 @@ def command(
     source: str, stats: Path, quant: tuple[str, ...], ratios: str, base: Path | None,
     runtime_source: Path | None, as_json: bool,
 ) -> None:
-    """Predict what SOURCE loses at many ratios and types, from kept statistics: nothing is run or written.
+    """Predict what SOURCE loses at many ratios and types, from kept statistics; no model is run.
 
     The prediction is the one that method auto allocates ranks by: it ranks choices well, but takes the
     errors of layers for independent, so that cut ranks may lose two or three times as much. Compensation
@@ -60,15 +60,18 @@ def command(
     from skipcat_edge.runtime.source import stock_tree
 
     with phases() as phase:
-        rows = sweep(resolve_source(source), base, stats, stock_tree(runtime_source), METHODS["auto"], types,
-                     shares, phase, None if Path(source).is_dir() else source)
+        rows, impossible = sweep(
+            resolve_source(source), base, stats, stock_tree(runtime_source), METHODS["auto"], types, shares,
+            phase, None if Path(source).is_dir() else source)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        answer = {"rows": rows, "impossible": impossible}
+        found = {key: [asdict(each) for each in values] for key, values in answer.items()}
+        click.echo(json.dumps(found, indent=2))
     else:
-        _print(rows)
+        _print(rows, impossible)
 
 
-def _print(rows: list[SweepRow]) -> None:
+def _print(rows: list[SweepRow], impossible: list[Impossible]) -> None:
     from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
 
     table = new_table("type", "ratio", "linear layers", "bits per weight", "predicted loss", "dense", "best")
@@ -79,8 +82,13 @@ def _print(rows: list[SweepRow]) -> None:
         table.add_row(row.type, f"{row.ratio:g}", decimal_bytes(row.nbytes), f"{row.bits_per_weight:.2f}",
                       f"{row.loss:.5f}", f"{row.dense}/{row.layers}", "" if beaten else "*")
     console = stdout_console()
-    console.print(table)
-    console.print()
+    if rows:
+        console.print(table)
+        console.print()
+    for each in impossible:
+        console.print(f"{each.type} at {each.ratio:g} cannot be had: {each.reason}")
+    if not rows:
+        return
     console.print("predicted loss: of a language model the KL divergence from the dense one, if the errors "
                   "of its layers were independent; rounding to 8 bits or more is not counted")
     console.print("best: no row of as few bytes predicts less")

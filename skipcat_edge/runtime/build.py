@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +33,9 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([here, os.environ.get("PATH", os.defpath)]))
 
 
-def cmake_args() -> list[str]:
-    """CMake arguments that the wheel and the native tools share, SKIPCAT_EDGE_CMAKE_ARGS last."""
+def cmake_args(own: Sequence[str] = ()) -> list[str]:
+    """CMake arguments that the wheel and the native tools share, then a build's `own`, and last those of
+    SKIPCAT_EDGE_CMAKE_ARGS, which so win."""
     args = [
         "-DCMAKE_BUILD_TYPE=Release",
         "-DGGML_RPC=ON",
@@ -46,7 +48,7 @@ def cmake_args() -> list[str]:
     ]
     if ccache := find_tool("ccache"):
         args += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("C", "CXX")]
-    return args + shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))
+    return [*args, *own, *shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))]
 
 
 def build_env(tree: Path, target: Target | None = None) -> dict[str, str]:
@@ -109,9 +111,8 @@ def build_wheel(out: Path, source: Path | None = None, target: Target | None = N
     tree = patched_tree(source)
     # upstream's CMake installs here too, and the wheel takes what it finds
     shutil.rmtree(tree / "llama_cpp" / "lib", ignore_errors=True)
-    args = [*cmake_args(), f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={patches_dir() / 'wheel.cmake'}"]
-    if target is not None:
-        args += target.cmake_args
+    own = [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={patches_dir() / 'wheel.cmake'}"]
+    args = cmake_args(own + ([] if target is None else target.cmake_args))
     name = "wheel" if target is None else f"wheel-{target.architecture}"
     env = build_env(tree, target) | {
         # Environment variables, because pip passes --config-settings only since 22.1 and repeated

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,16 +34,6 @@ def load_library(name: str) -> ctypes.CDLL:
         if path.exists():
             return ctypes.CDLL(str(path))
     raise UserError(f"{library_dir()} has no lib{name}; run `{BUILD_COMMAND}`.")
-
-
-def cpu_library() -> ctypes.CDLL:
-    """The CPU backend in use; of a wheel with several, the one that llama.cpp chose."""
-    from skipcat_edge.runtime.check import loaded_cpu_variant
-
-    if not any(library_dir().glob("libggml-cpu-*")):
-        return load_library("ggml-cpu")
-    import_module("llama_cpp.llama_cpp").llama_supports_rpc()  # loads the backends
-    return load_library(f"ggml-cpu-{loaded_cpu_variant()}")
 
 
 @cache

@@ -14,6 +14,8 @@ from skipcat_edge.runtime.target import Target
 
 TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize")
 KINDS = ("stock", "patched")
+_TOOLS_ONLY = ("-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+               "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_OPENSSL=OFF")
 PHONE_TOOLS = ("llama-completion", "llama-bench", "llama-perplexity")
 
 
@@ -34,9 +36,7 @@ def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | N
         # From the wheel's own CMakeLists.txt, so that every object has the wheel's flags and paths.
         configure = [
             cmake, "-S", str(tree), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
-            "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_OPENSSL=OFF", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
-            *cmake_args(),
+            *cmake_args([*_TOOLS_ONLY, "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON"]),
         ]
         run_logged(configure, title=f"Configuring the {kind} tools", log=log, env=env)
         compile_ = [ninja, "-C", str(build), f"-j{jobs()}", *TOOLS]
@@ -60,11 +60,12 @@ def build_phone_tools(out: Path, target: Target, march: str, source: Path | None
     # llama.cpp's own project: the Python package's builds shared libraries only
     configure = [
         cmake, "-S", str(tree / "vendor" / "llama.cpp"), "-B", str(build), "-G", "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={ninja}", *cmake_args(), *target.cross_args, "-DGGML_RPC=OFF",
-        "-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_STATIC=ON", "-DGGML_NATIVE=OFF",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static", f"-DGGML_CPU_ARM_ARCH={march}", "-DLLAMA_BUILD_TOOLS=ON",
-        "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF",
-        "-DLLAMA_OPENSSL=OFF",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        *cmake_args([
+            *_TOOLS_ONLY, *target.cross_args, "-DGGML_RPC=OFF", "-DGGML_OPENMP=OFF", "-DGGML_NATIVE=OFF",
+            f"-DGGML_CPU_ARM_ARCH={march}", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_STATIC=ON",
+            "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        ]),
     ]
     run_logged(configure, title="Configuring the phone's tools", log=log, env=env)
     run_logged([ninja, "-C", str(build), f"-j{jobs()}", *PHONE_TOOLS], title="Building the phone's tools",

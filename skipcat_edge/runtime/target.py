@@ -43,8 +43,9 @@ class Target:
         """Of a wheel, on top of those of every build."""
         return ["-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON",
                 "-DSKIPCAT_CPU_VARIANTS=ON",
-                # libgomp is not on every small system
-                "-DGGML_OPENMP=OFF", *self.cross_args]
+                # libgomp is not on every small system, and its libstdc++ may be older than the compiler's
+                "-DGGML_OPENMP=OFF", *(f"-DCMAKE_{kind}_LINKER_FLAGS=-static-libstdc++ -static-libgcc"
+                                       for kind in ("SHARED", "MODULE")), *self.cross_args]
 
     @property
     def cross_args(self) -> list[str]:

@@ -13,7 +13,7 @@ elseif (GGML_SYSTEM_ARCH STREQUAL "ARM")
     ggml_add_cpu_backend_variant(armv8.0_1)
     ggml_add_cpu_backend_variant(armv8.2_1 DOTPROD)
     ggml_add_cpu_backend_variant(armv8.2_2 DOTPROD FP16_VECTOR_ARITHMETIC)
-    # phones have i8mm, but no SVE that Linux would let a program use
+    # many phones have i8mm, but offer no SVE
     ggml_add_cpu_backend_variant(armv8.6_0 DOTPROD FP16_VECTOR_ARITHMETIC MATMUL_INT8)
     ggml_add_cpu_backend_variant(armv8.6_1 DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8)
     ggml_add_cpu_backend_variant(armv8.6_2 DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8 SVE2)
