@@ -23,7 +23,7 @@ help:
 	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
-	@echo "make bench-speed   decode and prompt speed-up of a 1B model, beside the ideal"
+	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp and the ideal; over an hour"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 
 setup: $(VENV)/.runtime
@@ -70,8 +70,8 @@ golden: setup
 native-tools: setup
 	$(BIN)/skipcat-edge runtime native-tools
 
-bench-speed: setup
-	$(BIN)/python tests/bench_speed.py --threads 2 --repetitions 7
+bench-speed: native-tools
+	$(BIN)/python tests/bench_speed.py
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py

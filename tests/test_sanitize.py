@@ -81,7 +81,8 @@ def test_natively(path: str, flags: tuple[str, ...], here: bool, tmp_path: Path)
 
 @pytest.mark.slow
 def test_neon_by_emulation(tmp_path: Path) -> None:
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
         pytest.skip("aarch64-linux-gnu-g++ and qemu-aarch64 are not both installed")
     libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, check=True).stdout
