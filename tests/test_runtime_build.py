@@ -79,6 +79,8 @@ def fake_llama_cpp(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
         _lib=ctypes.CDLL(ctypes.util.find_library("c")),
         llama_print_system_info=lambda: b"CPU : AVX2 = 1 | AVX512 = 0 | NEON = 1 | ",
         llama_supports_rpc=lambda: True,
+        llama_log_callback=lambda function: function,
+        llama_log_set=lambda callback, data: None,
     )
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", module)

@@ -59,8 +59,7 @@ def runtime_status() -> RuntimeStatus:
     except Exception as error:  # an ImportError, or whatever loading the library raises
         return RuntimeStatus(wanted, error=str(error).splitlines()[0] if str(error) else repr(error))
     name = _call(library._lib, "skipcat_runtime_version", ctypes.c_char_p)
-    # also loads the backends, where they are libraries of their own
-    rpc = bool(library.llama_supports_rpc())
+    rpc = _load_backends(library)
     features = library.llama_print_system_info().decode("utf-8", "replace")
     return RuntimeStatus(
         wanted,
@@ -80,6 +79,16 @@ def require_patched() -> None:
     status = runtime_status()
     if status.patched is None:
         raise UserError(f"The runtime is missing: {status.problem}; run `{BUILD_COMMAND}`.")
+
+
+def _load_backends(library: Any) -> bool:
+    """Load the backends, where they are libraries of their own, without a word; whether RPC is one."""
+    callback = library.llama_log_callback(lambda level, text, data: None)
+    library.llama_log_set(callback, None)
+    try:
+        return bool(library.llama_supports_rpc())
+    finally:
+        library.llama_log_set(library.llama_log_callback(0), None)
 
 
 def loaded_cpu_variant() -> str | None:
