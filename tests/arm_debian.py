@@ -29,6 +29,10 @@ def missing_packages() -> list[str]:
     return [package for tool, package in TOOLS.items() if shutil.which(tool, path=_PATH) is None]
 
 
+class UnavailableError(RuntimeError):
+    """This machine cannot have an arm64 Debian: no mirror is reached, or proot may not trace."""
+
+
 class ArmDebian:
     """A root file system below `folder`, made once."""
 
@@ -43,12 +47,15 @@ class ArmDebian:
             env = {**os.environ, "PATH": _PATH}
             unpacked = subprocess.run(first, capture_output=True, text=True, env=env)
             if unpacked.returncode:
-                raise RuntimeError(f"debootstrap failed: {(unpacked.stderr or unpacked.stdout)[-500:]}")
+                raise UnavailableError(f"debootstrap failed: {(unpacked.stderr or unpacked.stdout)[-500:]}")
             # where debootstrap may not mount, it leaves a link to the host's
             if (self.root / "proc").is_symlink():
                 (self.root / "proc").unlink()
                 (self.root / "proc").mkdir()
-            self.run(["/debootstrap/debootstrap", "--second-stage"], DEBOOTSTRAP_DIR="/debootstrap")
+            try:
+                self.run(["/debootstrap/debootstrap", "--second-stage"], DEBOOTSTRAP_DIR="/debootstrap")
+            except RuntimeError as error:
+                raise UnavailableError(str(error)) from None
             done.touch()
 
     def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
