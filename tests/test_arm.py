@@ -144,6 +144,6 @@ def test_static_programs_for_a_phone(tmp_path: Path, demo_dense_gguf: Path) -> N
                            "-no-cnv", "-t", "2")
     here = CliRunner().invoke(main, ["generate", str(low_rank), "-p", PROMPT, "-n", "12", "--threads", "2"])
     assert here.exit_code == 0, here.output
-    continuation = here.stdout.partition(PROMPT)[2].strip()
+    continuation = here.stdout.strip()
     assert len(continuation.split()) > 5
     assert continuation in text
