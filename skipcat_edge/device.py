@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from skipcat_edge.errors import UserError, first_line
+from skipcat_edge.packages import package_dir
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,13 +106,9 @@ class Device:
         return asdict(self)
 
 
-@cache
 def devices_dir() -> Path:
     """Directory with the TOML files. Raises UserError if it is not installed."""
-    spec = find_spec("skipcat_devices")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("The package skipcat_devices is missing; reinstall skipcat-edge.")
-    return Path(spec.submodule_search_locations[0])
+    return package_dir("skipcat_devices")
 
 
 def device_names(directory: Path | None = None) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from skipcat_edge.errors import UserError
+from skipcat_edge.packages import package_dir
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,13 +42,9 @@ class Pin:
         return f"{self.source_dir_name}.tar.gz"
 
 
-@cache
 def patches_dir() -> Path:
     """Directory with pin.toml, patches/ and overlay/. Raises UserError if it is not installed."""
-    spec = find_spec("skipcat_patches")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("The package skipcat_patches is missing; reinstall skipcat-edge.")
-    return Path(spec.submodule_search_locations[0])
+    return package_dir("skipcat_patches")
 
 
 def read_pin(directory: Path | None = None) -> Pin:
