@@ -91,7 +91,7 @@ def make_plan(
 
     Raises UserError if the budget is below the lowest cost.
     """
-    layers = [layer for group in groups for candidate in group[-1] for layer in candidate.members]
+    layers = _layers(groups)
     cost, total = cost_of(budget, layers, type_)
     grid = grid or fmt.rank_grid(type_)
     try:
@@ -108,6 +108,11 @@ def make_plan(
             f"{_least(budget, error.least, layers)} is the smallest possible; "
             "raise it, or choose a --quant with a smaller block."
         ) from None
+
+
+def _layers(groups: Groups) -> list[Layer]:
+    """Every layer once: each alternative of a group holds all of its layers."""
+    return [layer for group in groups for candidate in group[-1] for layer in candidate.members]
 
 
 def cost_of(
@@ -151,8 +156,7 @@ def _each_group(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool
 
     Raises BudgetError where even the least is too much.
     """
-    dense = [cost_of_all([layer for candidate in group[-1] for layer in candidate.members], cost)
-             for group in groups]
+    dense = [cost_of_all(_layers([group]), cost) for group in groups]
     least = [least_cost([group], cost, grid, skip) for group in groups]
     if sum(least) > budget:
         raise BudgetError(sum(least), budget)
@@ -199,12 +203,11 @@ def dense_plan(groups: Groups) -> Plan:
     """Nothing is factored."""
     candidates = [candidate for group in groups for candidate in group[-1]]
     loss = sum(float(candidate.losses(np.zeros(1, int), None)[0]) for candidate in candidates)
-    return Plan([], {layer.tensor: "" for each in candidates for layer in each.members}, loss)
+    return Plan([], {layer.tensor: "" for layer in _layers(groups)}, loss)
 
 
 def plan_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> int:
     """What the layers of `groups` take in a file."""
     cost = _bytes_cost(type_)
-    layers = (layer for group in groups for candidate in group[-1] for layer in candidate.members)
     total = sum(cost(owner.members, owner.rank, owner.skip) for owner in plan.owners)
-    return int(total + cost_of_all([layer for layer in layers if layer.tensor in plan.dense], cost))
+    return int(total + cost_of_all([layer for layer in _layers(groups) if layer.tensor in plan.dense], cost))
