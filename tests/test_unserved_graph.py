@@ -12,6 +12,7 @@ from gguf_edit import GGUF, Tensor
 
 from skipcat_edge import format as fmt
 from skipcat_edge.cli import main
+from skipcat_edge.runtime.check import runtime_status
 
 pytestmark = pytest.mark.runtime
 
@@ -66,3 +67,11 @@ def test_deepseek2(demo_low_rank_gguf: Path, tmp_path: Path, low_rank: str) -> N
         assert f"'{fmt.weight_name(0, low_rank)}'" in result.stderr and result.stderr.count("\n") == 1
     else:
         assert result.exit_code == 0, result.output
+
+
+def test_a_check_of_the_runtime_keeps_later_reasons(demo_low_rank_gguf: Path, tmp_path: Path) -> None:
+    path = deepseek2(GGUF.read(demo_low_rank_gguf), "attn_q").write(tmp_path / "model.gguf")
+    command = ["generate", str(path), "-p", "Once", "-n", "2", "--threads", "1"]
+    before = CliRunner().invoke(main, command).stderr
+    assert runtime_status().patched is not None
+    assert "low-rank factors cannot serve" in before and CliRunner().invoke(main, command).stderr == before

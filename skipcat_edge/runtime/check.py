@@ -83,12 +83,15 @@ def require_patched() -> None:
 
 def _load_backends(library: Any) -> bool:
     """Load the backends, where they are libraries of their own, without a word; whether RPC is one."""
-    callback = library.llama_log_callback(lambda level, text, data: None)
-    library.llama_log_set(callback, None)
+    log, data = library.llama_log_callback(0), ctypes.c_void_p()
+    if hasattr(library, "llama_log_get"):  # not in every llama_cpp that may be installed
+        library.llama_log_get(ctypes.byref(log), ctypes.byref(data))
+    silent = library.llama_log_callback(lambda level, text, data: None)
+    library.llama_log_set(silent, None)
     try:
         return bool(library.llama_supports_rpc())
     finally:
-        library.llama_log_set(library.llama_log_callback(0), None)
+        library.llama_log_set(log, data)
 
 
 def loaded_cpu_variant() -> str | None:
