@@ -296,6 +296,20 @@ std::shared_ptr<const skipcat_model> skipcat_finish(const llama_model_loader & m
 // graph
 //
 
+// SKIPCAT_FUSED: 1 the fused op wherever it can be, 0 nowhere, else where it was measured faster
+static bool use_fused(const ggml_tensor * t, const ggml_tensor * x) {
+    ggml_backend_buffer_type_t buft = t->buffer ? ggml_backend_buffer_get_type(t->buffer) : nullptr;
+    if (buft == nullptr || (!ggml_backend_buft_is_host(buft) && strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") != 0)) {
+        return false;
+    }
+    const char * forced = getenv("SKIPCAT_FUSED");
+    if (forced != nullptr && (strcmp(forced, "0") == 0 || strcmp(forced, "1") == 0)) {
+        return forced[0] == '1';
+    }
+    GGML_UNUSED(x);
+    return false;
+}
+
 // z = x_S + T x_R, or A x without Skip: {rank, n1, n2, n3}
 static ggml_tensor * build_z(ggml_context * ctx, const skipcat_owner & owner, ggml_tensor * x) {
     if (owner.mask == nullptr) {
@@ -304,6 +318,10 @@ static ggml_tensor * build_z(ggml_context * ctx, const skipcat_owner & owner, gg
 
     if (x->type != GGML_TYPE_F32) {
         x = ggml_cast(ctx, x, GGML_TYPE_F32);
+    }
+
+    if (use_fused(owner.a, x)) {
+        return ggml_skip_mul_mat(ctx, owner.a, x, owner.mask);
     }
 
     const int64_t n_rest = owner.n - owner.rank;

@@ -21,6 +21,15 @@ GGML_API struct ggml_tensor * ggml_skip_gather(
         struct ggml_tensor  * mask,
         int64_t               rank);
 
+// the same split, the product with T and the sum in one: T x_R + x_S, F32 [rank, n1, n2, n3]
+//
+// t: [n - rank, rank]
+GGML_API struct ggml_tensor * ggml_skip_mul_mat(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * t,
+        struct ggml_tensor  * x,
+        struct ggml_tensor  * mask);
+
 #ifdef __cplusplus
 }
 #endif

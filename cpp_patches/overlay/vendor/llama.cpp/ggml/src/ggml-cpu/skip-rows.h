@@ -1,0 +1,206 @@
+#pragma once
+
+// The inputs of one row, split by the skip mask: what SKIP_GATHER and SKIP_MUL_MAT share.
+// Where an input goes is a template argument: gather_to appends it, add_to adds it to what is there,
+// drop forgets it. The scalar path is the definition and the tail of the others.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// one half of a row while it is filled; a mask with too many bits cannot write past the end
+struct gather_to {
+    float * data;
+    int64_t size;
+    int64_t used = 0;
+
+    void push(float v) {
+        if (used < size) {
+            data[used++] = v;
+        }
+    }
+};
+
+// the same, added to what is there
+struct add_to {
+    float * data;
+    int64_t size;
+    int64_t used = 0;
+
+    void push(float v) {
+        if (used < size) {
+            data[used++] += v;
+        }
+    }
+};
+
+struct drop {
+    void push(float) {}
+};
+
+// inputs [j, n) of a row, one at a time
+template <typename skip_t, typename rest_t>
+static void split_scalar(const float * x, const uint32_t * mask, int64_t j, int64_t n, skip_t & skip, rest_t & rest) {
+    for (; j < n; j++) {
+        if (mask[j/32] >> (j%32) & 1) {
+            skip.push(x[j]);
+        } else {
+            rest.push(x[j]);
+        }
+    }
+}
+
+#if defined(__AVX2__)
+
+// entry b: the positions of the set bits of b, in ascending order, a byte each
+static constexpr std::array<uint64_t, 256> make_compress_table() {
+    std::array<uint64_t, 256> table{};
+    for (uint32_t b = 0; b < 256; b++) {
+        int k = 0;
+        for (uint64_t i = 0; i < 8; i++) {
+            if (b >> i & 1) {
+                table[b] |= i << 8*k++;
+            }
+        }
+    }
+    return table;
+}
+
+static constexpr std::array<uint64_t, 256> compress_table = make_compress_table();
+
+// the lanes of v whose bit in b is set, in front
+static inline __m256 compress8(__m256 v, uint32_t b) {
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) compress_table[b]));
+    return _mm256_permutevar8x32_ps(v, lanes);
+}
+
+static inline __m256i first_lanes(int64_t k) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int) k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+static inline void append8(gather_to & out, __m256 v, uint32_t b) {
+    const __m256  w = compress8(v, b);
+    const int64_t k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
+
+    if (out.used + 8 <= out.size) {
+        _mm256_storeu_ps(out.data + out.used, w);
+    } else {
+        _mm256_maskstore_ps(out.data + out.used, first_lanes(k), w);
+    }
+    out.used += k;
+}
+
+static inline void append8(add_to & out, __m256 v, uint32_t b) {
+    const __m256  w     = compress8(v, b);
+    const int64_t k     = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
+    const __m256i lanes = first_lanes(k);
+
+    if (out.used + 8 <= out.size) {
+        const __m256 old = _mm256_loadu_ps(out.data + out.used);
+        _mm256_storeu_ps(out.data + out.used, _mm256_add_ps(old, _mm256_and_ps(w, _mm256_castsi256_ps(lanes))));
+    } else {
+        const __m256 old = _mm256_maskload_ps(out.data + out.used, lanes);
+        _mm256_maskstore_ps(out.data + out.used, lanes, _mm256_add_ps(old, w));
+    }
+    out.used += k;
+}
+
+static inline void append8(drop &, __m256, uint32_t) {}
+
+template <typename skip_t, typename rest_t>
+static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        const uint32_t b = mask[j/32] >> (j%32) & 0xff;
+        const __m256   v = _mm256_loadu_ps(x + j);
+        append8(skip, v, b);
+        append8(rest, v, b ^ 0xff);
+    }
+    split_scalar(x, mask, j, n, skip, rest);
+}
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+struct lane_bytes {
+    uint8_t b[16];
+};
+
+// entry b: byte indices that move the lanes whose bit is set in b to the front
+static constexpr std::array<lane_bytes, 16> make_compress_table() {
+    std::array<lane_bytes, 16> table{};
+    for (uint32_t b = 0; b < 16; b++) {
+        int k = 0;
+        for (uint32_t i = 0; i < 4; i++) {
+            if (b >> i & 1) {
+                for (uint32_t byte = 0; byte < 4; byte++) {
+                    table[b].b[4*k + byte] = (uint8_t) (4*i + byte);
+                }
+                k++;
+            }
+        }
+    }
+    return table;
+}
+
+static constexpr std::array<lane_bytes, 16> compress_table = make_compress_table();
+
+// the lanes of v whose bit in b is set, in front
+static inline float32x4_t compress4(float32x4_t v, uint32_t b) {
+    const uint8x16_t lanes = vld1q_u8(compress_table[b].b);
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), lanes));
+}
+
+static inline void append4(gather_to & out, float32x4_t v, uint32_t b) {
+    const float32x4_t w = compress4(v, b);
+    const int64_t     k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
+
+    if (out.used + 4 <= out.size) {
+        vst1q_f32(out.data + out.used, w);
+    } else {
+        float tmp[4];
+        vst1q_f32(tmp, w);
+        std::copy(tmp, tmp + k, out.data + out.used);
+    }
+    out.used += k;
+}
+
+static inline void append4(add_to & out, float32x4_t v, uint32_t b) {
+    const float32x4_t w = compress4(v, b);
+    const int64_t     k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
+
+    float tmp[4];
+    vst1q_f32(tmp, w);
+    for (int64_t i = 0; i < k; i++) {
+        out.data[out.used + i] += tmp[i];
+    }
+    out.used += k;
+}
+
+static inline void append4(drop &, float32x4_t, uint32_t) {}
+
+template <typename skip_t, typename rest_t>
+static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+        const uint32_t    b = mask[j/32] >> (j%32) & 0xf;
+        const float32x4_t v = vld1q_f32(x + j);
+        append4(skip, v, b);
+        append4(rest, v, b ^ 0xf);
+    }
+    split_scalar(x, mask, j, n, skip, rest);
+}
+
+#else
+
+template <typename skip_t, typename rest_t>
+static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+    split_scalar(x, mask, 0, n, skip, rest);
+}
+
+#endif
