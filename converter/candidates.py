@@ -141,7 +141,7 @@ def measure(
     if bits(type_) < _EXACT_BITS and owner.H is not None:
         losses[None] = np.zeros(1), np.array([_dense_loss(owner, type_, rounding) * unit])
         for skip in (False, True) if method.skip is None else (method.skip,):
-            ranks = _tried_ranks(owner, fmt.rank_grid(type_), skip)
+            ranks = _tried_ranks(owner, fmt.rank_grid(type_, owner.W.shape[1]), skip)
             if ranks:
                 tried = [_rounding_loss(owner, decomposition, rank, skip, type_, rounding) for rank in ranks]
                 losses[skip] = np.array([0, *ranks], float), np.array([0.0, *tried]) * unit

@@ -201,7 +201,8 @@ def _plan(
 ) -> Plan:
     type_, method = options.types.linear, options.method
     allocation = options.allocation or method.allocation
-    grid = options.grid or fmt.rank_grid(type_)
+    narrowest = min((layer.n for group in layers.groups for layer in group), default=1)
+    grid = options.grid or fmt.rank_grid(type_, narrowest)
     by_ratio = options.budget is None and options.bpw is None
     if allocation == "uniform" and by_ratio and method.share is not None and method.skip is not None:
         # the papers' rule; it needs no spectra

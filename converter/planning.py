@@ -93,7 +93,7 @@ def make_plan(
     """
     layers = _layers(groups)
     cost, total = cost_of(budget, layers, type_)
-    grid = grid or fmt.rank_grid(type_)
+    grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     try:
         if allocation == "loss":
             return allocate(groups, total, cost, grid, method.skip)

@@ -137,9 +137,18 @@ def tensor_bytes(type_: GGMLQuantizationType, rows: int, columns: int) -> int:
     return int(rows * (columns // block) * size)
 
 
-def rank_grid(type_: GGMLQuantizationType) -> int:
-    """Ranks are multiples of this: ggml's fast paths need 8, quantised rows whole blocks."""
-    return max(8, block_size(type_))
+_WIDE_INPUT = 768
+
+
+def rank_grid(type_: GGMLQuantizationType, n: int) -> int:
+    """Ranks of a model whose narrowest layers have `n` inputs are multiples of this.
+
+    Quantised rows are whole blocks. For F32, F16 and BF16 with AVX-512, ggml multiplies matrices fast
+    where rows are multiples of 16, and vectors where they are multiples of 64; in a narrow model
+    ranks so coarse would cost more quality than the speed is worth.
+    """
+    block = block_size(type_)
+    return block if block > 1 else 64 if n >= _WIDE_INPUT else 16
 
 
 def factor_type(type_: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:

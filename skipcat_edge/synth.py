@@ -8,7 +8,6 @@ device can write a large model.
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def _write_file(plan: Plan, path: Path, tokenizer: Mapping[str, tuple[Any, Any, 
         writer.add_key_value(key, value, type_, element_type)
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    pools: dict[tuple[GGMLQuantizationType, int], np.ndarray] = {}
+    pools: dict[tuple[GGMLQuantizationType, float], np.ndarray] = {}
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -114,7 +113,7 @@ def _write_file(plan: Plan, path: Path, tokenizer: Mapping[str, tuple[Any, Any, 
             data: Any = tensor.data
             if data is None:
                 rng = np.random.default_rng((plan.seed, index))
-                kind = tensor.type, tensor.shape[-1]
+                kind = tensor.type, tensor.deviation
                 if kind not in pools:
                     pools[kind] = _block_pool(*kind, rng)
                 data = _RandomData(tensor.nbytes, pools[kind], rng, advance)
@@ -153,16 +152,16 @@ def _add_keys(writer: GGUFWriter, plan: Plan) -> None:
         writer.add_uint32(fmt.KEY_SEED, plan.seed)
 
 
-def _block_pool(type_: GGMLQuantizationType, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian weights of standard deviation 1 / sqrt(columns), quantised: uint8 [blocks, block bytes].
+def _block_pool(type_: GGMLQuantizationType, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian weights of a standard deviation, quantised: uint8 [blocks, block bytes].
 
-    That scale keeps activations near 1, so that none overflow or slow the CPU down as denormals.
+    1 / sqrt(columns) keeps activations near 1, so that none overflow or slow the CPU down as denormals.
     """
     from gguf import quants
 
     width = max(32, fmt.block_size(type_))
     weights = rng.standard_normal((_POOL_ELEMENTS // width, width), np.float32)
-    weights /= math.sqrt(columns)
+    weights *= deviation
     try:
         blocks: np.ndarray = quants.quantize(weights, type_)
     except NotImplementedError:

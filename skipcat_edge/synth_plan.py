@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,15 @@ class PlannedTensor:
     type: GGMLQuantizationType
     role: Role
     data: np.ndarray | None = None
-    """The values, or None for random weights with standard deviation 1 / sqrt(columns)."""
+    """The values, or None for random weights."""
+    input_variance: float = 1.0
+    """Of what the weights are multiplied by. Theirs makes the product's 1, in low-rank layers as in dense
+    ones: attention would be slower where scores are larger."""
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of random weights."""
+        return 1 / math.sqrt(self.shape[-1] * self.input_variance)
 
     @property
     def elements(self) -> int:
@@ -143,6 +151,7 @@ def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
     if model.rope_scaling is not None:
         factors = rope_factors(model.rope_scaling, model.head_dim, model.rope_theta)
         yield PlannedTensor(name(TENSOR.ROPE_FREQS), factors.shape, Types.F32, Role.CONSTANT, factors)
+    grid = fmt.rank_grid(type_, min(group.n for group in model.groups))
     for layer in range(model.n_layer):
         yield norm(TENSOR.ATTN_NORM, layer)
         yield norm(TENSOR.FFN_NORM, layer)
@@ -152,7 +161,7 @@ def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
                 yield PlannedTensor(name(tensor, layer, "bias"), (m,), Types.F32, Role.VECTOR)
         for group in model.groups:
             if ratio < 1:
-                yield from _factors(group, layer, type_, ratio, rng)
+                yield from _factors(group, layer, type_, ratio, grid, rng)
             else:
                 for member, m in group.members.items():
                     yield _matrix(fmt.weight_name(layer, member), m, group.n, type_)
@@ -163,12 +172,11 @@ def _matrix(name: str, rows: int, columns: int, type_: GGMLQuantizationType,
     return PlannedTensor(name, (rows, columns), fmt.factor_type(type_, columns), role)
 
 
-def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, ratio: float,
+def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, ratio: float, grid: int,
              rng: np.random.Generator) -> Iterator[PlannedTensor]:
     from gguf import GGMLQuantizationType as Types
 
     owner = fmt.owner_of(group.members)
-    grid = fmt.rank_grid(type_)
     rank = uniform_rank(group.m, group.n, ratio, skip=True, grid=grid)
     if rank == 0:
         raise UserError(
@@ -181,7 +189,8 @@ def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, ratio:
     yield PlannedTensor(fmt.skip_mask_name(layer, owner), words.shape, Types.I32, Role.CONSTANT, words)
     yield _matrix(fmt.lr_a_name(layer, owner), rank, group.n - rank, type_)
     for member, m in group.members.items():
-        yield _matrix(fmt.lr_b_name(layer, member), m, rank, type_)
+        b = _matrix(fmt.lr_b_name(layer, member), m, rank, type_)
+        yield replace(b, input_variance=2.0)  # of z = x_S + T x_R
 
 
 def rope_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:

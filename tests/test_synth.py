@@ -88,7 +88,7 @@ def test_vocabulary_is_padded_to_the_embedding(tree: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.5])
-@pytest.mark.parametrize(("quant", "grid"), [("Q8_0", 32), ("F16", 8)])
+@pytest.mark.parametrize(("quant", "grid"), [("Q8_0", 32), ("F16", 16)])
 def test_low_rank(tree: Path, tmp_path: Path, ratio: float, quant: str, grid: int) -> None:
     out = tmp_path / "low-rank.gguf"
     result = synth(tree, out, "--ratio", str(ratio), "--quant", quant, "--seed", "7")
@@ -129,8 +129,10 @@ def test_weights_are_gaussian(tree: Path, tmp_path: Path, quant: str) -> None:
         if len(tensor.shape) == 2:
             weights = quants.dequantize(tensor.data, tensor.tensor_type)
             assert weights.shape == tuple(reversed(tensor.shape))
+            # z = x_S + T x_R has the variance 2, and what B makes of it 1, as a dense layer's output.
+            expected = math.sqrt(0.5) if ".lr_b." in tensor.name else 1
             # The smallest factor has 3,072 elements: its deviation is known to about 1.3 %.
-            assert weights.std() * math.sqrt(tensor.shape[0]) == pytest.approx(1, abs=0.1), tensor.name
+            assert weights.std() * math.sqrt(tensor.shape[0]) == pytest.approx(expected, rel=0.1), tensor.name
             assert abs(weights.mean()) < 0.1 * weights.std()
         elif tensor.name.endswith("norm.weight"):
             assert (tensor.data == 1).all()
