@@ -34,8 +34,8 @@ void ggml_compute_forward_skip_gather(const ggml_compute_params * params, ggml_t
 
         const float * x_row = (const float *) ((const char *) x->data + i1*nb1 + i2*nb2 + i3*nb3);
 
-        gather_to skip = { skip_data + row*rank,   rank   };
-        gather_to rest = { rest_data + row*n_rest, n_rest };
+        half_row skip = { skip_data + row*rank,   rank   };
+        half_row rest = { rest_data + row*n_rest, n_rest };
 
         if (params->use_ref) {
             split_scalar(x_row, (const uint32_t *) mask->data, 0, n, skip, rest);

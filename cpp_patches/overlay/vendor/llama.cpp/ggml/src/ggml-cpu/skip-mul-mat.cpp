@@ -9,13 +9,12 @@
 #include "skip-rows.h"
 #include "tiled/tiled.h"
 #include "traits.h"
+#include "vec.h"
 
-#include <cstring>
-
-// z = T x_R + x_S in three phases, with barriers between them:
-//   1. x_R is gathered row by row and packed at once as T's mul_mat takes it
-//   2. T's own mul_mat, whichever it is (vec_dot, tinyBLAS, tiled, repacked), runs on the packed rows
-//   3. x_S is added to its result
+// z = T x_R + x_S. A thread multiplies by some rows of T and adds their part of x_S while it is in the cache:
+//   one row of x       each thread packs x_R for itself, as waiting for others takes longer
+//   repacked weights   the threads pack x_R together, four rows interleaved, then take parts of T in turns
+//   others             as the latter, but T's own mul_mat (tinyBLAS, tiled, vec_dot) runs whole, then x_S is added
 
 // an F32 matrix or packed rows, contiguous: [n, n_rows]
 static ggml_tensor make_matrix(ggml_type type, int64_t n, int64_t n_rows, void * data) {
@@ -44,25 +43,25 @@ struct skip_call {
     int64_t n_rest;
     int64_t n_rows;
 
-    ggml::cpu::tensor_traits * traits;         // of repacked weights, else null
-    const ggml::cpu::skip_repacked * repacked; // the same
+    ggml::cpu::skip_repacked * repacked; // of repacked weights, else null
     ggml_type row_type;
+
+    bool use_ref = false;
 
     explicit skip_call(const ggml_tensor * dst) :
         t(dst->src[0]), x(dst->src[1]), mask(dst->src[2]),
-        n(x->ne[0]), rank(t->ne[1]), n_rest(t->ne[0]), n_rows(ggml_nrows(x)), traits(nullptr), repacked(nullptr) {
+        n(x->ne[0]), rank(t->ne[1]), n_rest(t->ne[0]), n_rows(ggml_nrows(x)), repacked(nullptr) {
         // the graph may come from elsewhere (RPC)
         GGML_ASSERT(rank > 0 && n_rest == n - rank && dst->ne[0] == rank && ggml_nrows(dst) == n_rows);
         GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && ggml_nelements(mask) == (n + 31)/32);
 
         if (t->buffer && t->buffer->buft == ggml_backend_cpu_repack_buffer_type()) {
-            traits   = (ggml::cpu::tensor_traits *) t->extra;
-            repacked = dynamic_cast<ggml::cpu::skip_repacked *>(traits);
+            repacked = dynamic_cast<ggml::cpu::skip_repacked *>((ggml::cpu::tensor_traits *) t->extra);
             GGML_ASSERT(repacked != nullptr);
             row_type = repacked->row_type();
         } else {
-            // the tiled kernels pack rows in a way of their own
-            row_type = tiled_size(1) > 0 ? GGML_TYPE_F32 : ggml_get_type_traits_cpu(t->type)->vec_dot_type;
+            // the tiled kernels, of many rows, pack them in a way of their own
+            row_type = n_rows > 1 && tiled_size(1) > 0 ? GGML_TYPE_F32 : ggml_get_type_traits_cpu(t->type)->vec_dot_type;
         }
     }
 
@@ -80,10 +79,15 @@ struct skip_call {
         return ggml_tiled_wdata_size(n_threads, &p);
     }
 
-    // bytes of the work buffer: the packed rows, scratch of each thread, and what mul_mat itself needs
+    // bytes of the work buffer: x_R packed, x_S, four rows of x_R for each thread, and what mul_mat itself needs
     size_t row_size() const     { return ggml_row_size(row_type, n_rest); }
-    size_t rows_size() const    { return GGML_PAD(row_size()*n_rows, 64); }
-    size_t scratch_size() const { return GGML_PAD((4*n_rest + 32)*sizeof(float), 64); }
+    size_t packed_size() const  { return GGML_PAD(row_size()*n_rows, 64); }
+    size_t skip_size() const    { return GGML_PAD(rank*sizeof(float)*n_rows, 64); }
+    size_t scratch_size() const { return GGML_PAD(n_rest*sizeof(float)*4, 64); }
+
+    // one row: each thread has all of these
+    size_t private_size() const { return packed_size() + skip_size() + scratch_size(); }
+    size_t shared_size(int n_threads) const { return packed_size() + skip_size() + n_threads*scratch_size(); }
 
     size_t inner_size(int n_threads) const {
         if (row_type != GGML_TYPE_F32) {
@@ -100,130 +104,152 @@ struct skip_call {
         return (const float *) ((const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + i3*x->nb[3]);
     }
 
+    // rows of T that are multiplied together
+    int64_t unit() const { return repacked ? repacked->n_cols() : 1; }
+
     const uint32_t * words() const { return (const uint32_t *) mask->data; }
-    int64_t n_words() const        { return mask->ne[0]; }
 };
 
 size_t ggml_skip_mul_mat_work_size(int n_threads, const ggml_tensor * dst) {
     const skip_call call(dst);
-    return call.rows_size() + n_threads*call.scratch_size() + call.inner_size(n_threads) + 64;
+    return call.n_rows == 1 ? n_threads*call.private_size() : call.shared_size(n_threads) + call.inner_size(n_threads);
 }
 
-static void gather_rest(const skip_call & call, const float * x, float * out) {
-    drop      skip;
-    gather_to rest = { out, call.n_rest };
-    split_row(x, call.words(), call.n, skip, rest);
+// row i of x: x_R to x_rest, x_S to x_skip
+static void split(const skip_call & call, int64_t i, float * x_rest, float * x_skip) {
+    half_row skip = { x_skip, call.rank };
+    half_row rest = { x_rest, call.n_rest };
+    if (call.use_ref) {
+        split_scalar(call.row(i), call.words(), 0, call.n, skip, rest);
+    } else {
+        split_row(call.row(i), call.words(), call.n, skip, rest);
+    }
 }
 
-// elements [begin, end) of a row's rest, packed; both are whole blocks
-static void pack_part(const skip_call & call, const float * x, char * out, int64_t begin, int64_t end, float * scratch) {
-    if (begin >= end) {
+static void pack_row(const skip_call & call, int64_t i, char * packed, float * x_skip, float * scratch) {
+    if (call.row_type == GGML_TYPE_F32) {
+        split(call, i, (float *) packed, x_skip);
         return;
     }
-    const uint32_t * words = call.words();
-    int64_t w      = 0;
-    int64_t before = 0; // elements of the rest before word w
-    while (w < call.n_words()) {
-        const int64_t here = 32 - __builtin_popcount(words[w]);
-        if (before + here > begin) {
-            break;
-        }
-        before += here;
-        w++;
-    }
-    int64_t last = w;
-    for (int64_t seen = before; last < call.n_words() && seen < end; last++) {
-        seen += 32 - __builtin_popcount(words[last]);
-    }
-    drop      skip;
-    gather_to rest = { scratch, end - before };
-    split_row(x + 32*w, words + w, std::min(call.n, 32*last) - 32*w, skip, rest);
-    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(call.row_type)->from_float;
-    from_float(scratch + (begin - before), out + ggml_row_size(call.row_type, begin), end - begin);
+    split(call, i, scratch, x_skip);
+    ggml_get_type_traits_cpu(call.row_type)->from_float(scratch, packed, call.n_rest);
 }
 
-static void pack(const skip_call & call, char * out, float * scratch, int ith, int nth) {
-    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(call.row_type)->from_float;
-    const size_t row_size = call.row_size();
+// rows [begin, end) of T that part i of n has, in whole units; the larger parts come first, so that turns even out
+static void split_units(int64_t n_rows, int64_t unit, int64_t i, int64_t n, int64_t & begin, int64_t & end) {
+    const int64_t n_units = n_rows/unit;
+    const int64_t each    = n_units/n;
+    const int64_t left    = n_units%n;
+    begin = unit*(i*each + std::min(i, left));
+    end   = begin + unit*(each + (i < left));
+}
 
-    // repacked weights take rows by four, and what is left one by one
-    const int64_t n_four = call.repacked ? call.n_rows - call.n_rows % 4 : 0;
-    for (int64_t i = 4*ith; i < n_four; i += 4*nth) {
-        for (int64_t k = 0; k < 4; k++) {
-            gather_rest(call, call.row(i + k), scratch + k*call.n_rest);
-        }
-        call.repacked->pack_four(scratch, out + i*row_size, call.n_rest);
-    }
-    const int64_t n_left = call.n_rows - n_four;
-    if (n_left >= nth) {
-        for (int64_t i = n_four + ith; i < call.n_rows; i += nth) {
-            if (call.row_type == GGML_TYPE_F32) {
-                gather_rest(call, call.row(i), (float *) (out + i*row_size));
-            } else {
-                gather_rest(call, call.row(i), scratch);
-                from_float(scratch, out + i*row_size, call.n_rest);
-            }
-        }
+static void compute_one_row(const ggml_compute_params * params, const skip_call & call, float * dst) {
+    char *  packed  = (char *) params->wdata + params->ith*call.private_size();
+    float * x_skip  = (float *) (packed + call.packed_size());
+    float * scratch = (float *) (packed + call.packed_size() + call.skip_size());
+    pack_row(call, 0, packed, x_skip, scratch);
+
+    int64_t begin;
+    int64_t end;
+    split_units(call.rank, call.unit(), params->ith, params->nth, begin, end);
+    if (begin == end) {
         return;
     }
-    // fewer rows than threads: each takes a part of every row
-    const int64_t block    = ggml_blck_size(call.row_type);
-    const int64_t n_blocks = call.n_rest/block;
-    for (int64_t i = n_four; i < call.n_rows; i++) {
-        pack_part(call, call.row(i), out + i*row_size, block*(n_blocks*ith/nth), block*(n_blocks*(ith + 1)/nth), scratch);
-    }
-}
-
-static void add_skip(const skip_call & call, float * dst, int ith, int nth) {
-    drop rest;
-    if (call.n_rows >= nth) {
-        const int64_t begin = call.n_rows*ith/nth;
-        const int64_t end   = call.n_rows*(ith + 1)/nth;
+    if (call.repacked) {
+        ggml_tensor rows    = make_matrix(GGML_TYPE_F32, call.n_rest, 1, scratch);
+        ggml_tensor product = call.product(&rows, dst);
+        call.repacked->product(&product, packed, call.packed_size(), begin, end);
+    } else {
+        const ggml_vec_dot_t vec_dot = ggml_get_type_traits_cpu(call.t->type)->vec_dot;
         for (int64_t i = begin; i < end; i++) {
-            add_to skip = { dst + i*call.rank, call.rank };
-            split_row(call.row(i), call.words(), call.n, skip, rest);
+            vec_dot(call.n_rest, dst + i, 0, (const char *) call.t->data + i*call.t->nb[1], 0, packed, 0, 1);
         }
-        return;
     }
-    const int64_t w_begin = call.n_words()*ith/nth;
-    const int64_t w_end   = call.n_words()*(ith + 1)/nth;
-    int64_t before = 0; // of the skip set
-    for (int64_t w = 0; w < w_begin; w++) {
-        before += __builtin_popcount(call.words()[w]);
+    ggml_vec_acc_f32(end - begin, dst + begin, x_skip + begin);
+}
+
+// the threads pack x together, rows of four or one
+static void pack_rows(const ggml_compute_params * params, const skip_call & call, char * packed, float * x_skip, float * scratch) {
+    const int64_t n_four = call.repacked ? call.n_rows - call.n_rows % 4 : 0;
+    for (int64_t i = 4*params->ith; i < n_four; i += 4*params->nth) {
+        for (int64_t k = 0; k < 4; k++) {
+            split(call, i + k, scratch + k*call.n_rest, x_skip + (i + k)*call.rank);
+        }
+        call.repacked->pack_four(scratch, packed + i*call.row_size(), call.n_rest);
     }
-    before = std::min(before, call.rank);
-    const int64_t n_part = std::min(call.n, 32*w_end) - 32*w_begin;
-    for (int64_t i = 0; n_part > 0 && i < call.n_rows; i++) {
-        add_to skip = { dst + i*call.rank + before, call.rank - before };
-        split_row(call.row(i) + 32*w_begin, call.words() + w_begin, n_part, skip, rest);
+    for (int64_t i = n_four + params->ith; i < call.n_rows; i += params->nth) {
+        pack_row(call, i, packed + i*call.row_size(), x_skip + i*call.rank, scratch);
     }
+}
+
+// of columns [begin, end) of all rows
+static void add_skip(const skip_call & call, float * dst, const float * x_skip, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < call.n_rows; i++) {
+        ggml_vec_acc_f32(end - begin, dst + i*call.rank + begin, x_skip + i*call.rank + begin);
+    }
+}
+
+static void multiply_repacked(
+        const ggml_compute_params * params, const skip_call & call, float * dst, char * packed, const float * x_skip) {
+    const int64_t n_chunks = 4*params->nth;
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    ggml_tensor rows    = make_matrix(GGML_TYPE_F32, call.n_rest, call.n_rows, packed);
+    ggml_tensor product = call.product(&rows, dst);
+
+    for (int64_t i = params->ith; i < n_chunks; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        int64_t begin;
+        int64_t end;
+        split_units(call.rank, call.unit(), i, n_chunks, begin, end);
+        if (begin < end) {
+            call.repacked->product(&product, packed, call.packed_size(), begin, end);
+            add_skip(call, dst, x_skip, begin, end);
+        }
+    }
+}
+
+static void multiply_others(
+        const ggml_compute_params * params, const skip_call & call, float * dst, char * packed, const float * x_skip) {
+    ggml_barrier(params->threadpool);
+
+    ggml_tensor rows    = make_matrix(call.row_type, call.n_rest, call.n_rows, packed);
+    ggml_tensor product = call.product(&rows, dst);
+
+    ggml_compute_params inner = *params;
+    inner.wdata = (char *) params->wdata + call.shared_size(params->nth);
+    inner.wsize = params->wsize - call.shared_size(params->nth);
+    ggml_compute_forward_mul_mat(&inner, &product);
+
+    ggml_barrier(params->threadpool);
+
+    int64_t begin;
+    int64_t end;
+    split_units(call.rank, 1, params->ith, params->nth, begin, end);
+    add_skip(call, dst, x_skip, begin, end);
 }
 
 void ggml_compute_forward_skip_mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
-    const skip_call call(dst);
+    skip_call call(dst);
+    call.use_ref = params->use_ref;
+    float * z = (float *) dst->data;
 
-    char *  rows_data = (char *) params->wdata;
-    float * scratch   = (float *) (rows_data + call.rows_size() + params->ith*call.scratch_size());
-
-    pack(call, rows_data, scratch, params->ith, params->nth);
-
-    ggml_barrier(params->threadpool);
-
-    ggml_tensor rows    = make_matrix(call.row_type, call.n_rest, call.n_rows, rows_data);
-    ggml_tensor product = call.product(&rows, dst->data);
-
-    ggml_compute_params inner = *params;
-    const size_t used = call.rows_size() + params->nth*call.scratch_size();
-    inner.wdata = rows_data + used;
-    inner.wsize = params->wsize - used;
-
-    if (call.traits) {
-        call.traits->compute_forward(&inner, &product);
-    } else {
-        ggml_compute_forward_mul_mat(&inner, &product);
+    if (call.n_rows == 1) {
+        compute_one_row(params, call, z);
+        return;
     }
 
-    ggml_barrier(params->threadpool);
+    char *  packed  = (char *) params->wdata;
+    float * x_skip  = (float *) (packed + call.packed_size());
+    float * scratch = (float *) (packed + call.shared_size(params->ith));
+    pack_rows(params, call, packed, x_skip, scratch);
 
-    add_skip(call, (float *) dst->data, params->ith, params->nth);
+    if (call.repacked) {
+        multiply_repacked(params, call, z, packed, x_skip);
+    } else {
+        multiply_others(params, call, z, packed, x_skip);
+    }
 }

@@ -1,8 +1,7 @@
 #pragma once
 
 // The inputs of one row, split by the skip mask: what SKIP_GATHER and SKIP_MUL_MAT share.
-// Where an input goes is a template argument: gather_to appends it, add_to adds it to what is there,
-// drop forgets it. The scalar path is the definition and the tail of the others.
+// The scalar path is the definition and the tail of the others.
 
 #include <algorithm>
 #include <array>
@@ -15,7 +14,7 @@
 #endif
 
 // one half of a row while it is filled; a mask with too many bits cannot write past the end
-struct gather_to {
+struct half_row {
     float * data;
     int64_t size;
     int64_t used = 0;
@@ -27,26 +26,8 @@ struct gather_to {
     }
 };
 
-// the same, added to what is there
-struct add_to {
-    float * data;
-    int64_t size;
-    int64_t used = 0;
-
-    void push(float v) {
-        if (used < size) {
-            data[used++] += v;
-        }
-    }
-};
-
-struct drop {
-    void push(float) {}
-};
-
 // inputs [j, n) of a row, one at a time
-template <typename skip_t, typename rest_t>
-static void split_scalar(const float * x, const uint32_t * mask, int64_t j, int64_t n, skip_t & skip, rest_t & rest) {
+static void split_scalar(const float * x, const uint32_t * mask, int64_t j, int64_t n, half_row & skip, half_row & rest) {
     for (; j < n; j++) {
         if (mask[j/32] >> (j%32) & 1) {
             skip.push(x[j]);
@@ -84,7 +65,7 @@ static inline __m256i first_lanes(int64_t k) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int) k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-static inline void append8(gather_to & out, __m256 v, uint32_t b) {
+static inline void append8(half_row & out, __m256 v, uint32_t b) {
     const __m256  w = compress8(v, b);
     const int64_t k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
 
@@ -96,25 +77,7 @@ static inline void append8(gather_to & out, __m256 v, uint32_t b) {
     out.used += k;
 }
 
-static inline void append8(add_to & out, __m256 v, uint32_t b) {
-    const __m256  w     = compress8(v, b);
-    const int64_t k     = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
-    const __m256i lanes = first_lanes(k);
-
-    if (out.used + 8 <= out.size) {
-        const __m256 old = _mm256_loadu_ps(out.data + out.used);
-        _mm256_storeu_ps(out.data + out.used, _mm256_add_ps(old, _mm256_and_ps(w, _mm256_castsi256_ps(lanes))));
-    } else {
-        const __m256 old = _mm256_maskload_ps(out.data + out.used, lanes);
-        _mm256_maskstore_ps(out.data + out.used, lanes, _mm256_add_ps(old, w));
-    }
-    out.used += k;
-}
-
-static inline void append8(drop &, __m256, uint32_t) {}
-
-template <typename skip_t, typename rest_t>
-static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+static void split_row(const float * x, const uint32_t * mask, int64_t n, half_row & skip, half_row & rest) {
     int64_t j = 0;
     for (; j + 8 <= n; j += 8) {
         const uint32_t b = mask[j/32] >> (j%32) & 0xff;
@@ -156,7 +119,7 @@ static inline float32x4_t compress4(float32x4_t v, uint32_t b) {
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), lanes));
 }
 
-static inline void append4(gather_to & out, float32x4_t v, uint32_t b) {
+static inline void append4(half_row & out, float32x4_t v, uint32_t b) {
     const float32x4_t w = compress4(v, b);
     const int64_t     k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
 
@@ -170,22 +133,7 @@ static inline void append4(gather_to & out, float32x4_t v, uint32_t b) {
     out.used += k;
 }
 
-static inline void append4(add_to & out, float32x4_t v, uint32_t b) {
-    const float32x4_t w = compress4(v, b);
-    const int64_t     k = std::min<int64_t>(__builtin_popcount(b), out.size - out.used);
-
-    float tmp[4];
-    vst1q_f32(tmp, w);
-    for (int64_t i = 0; i < k; i++) {
-        out.data[out.used + i] += tmp[i];
-    }
-    out.used += k;
-}
-
-static inline void append4(drop &, float32x4_t, uint32_t) {}
-
-template <typename skip_t, typename rest_t>
-static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+static void split_row(const float * x, const uint32_t * mask, int64_t n, half_row & skip, half_row & rest) {
     int64_t j = 0;
     for (; j + 4 <= n; j += 4) {
         const uint32_t    b = mask[j/32] >> (j%32) & 0xf;
@@ -198,8 +146,7 @@ static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t 
 
 #else
 
-template <typename skip_t, typename rest_t>
-static void split_row(const float * x, const uint32_t * mask, int64_t n, skip_t & skip, rest_t & rest) {
+static void split_row(const float * x, const uint32_t * mask, int64_t n, half_row & skip, half_row & rest) {
     split_scalar(x, mask, 0, n, skip, rest);
 }
 
