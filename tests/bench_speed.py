@@ -1,9 +1,10 @@
 """Speed of low-rank models beside stock llama.cpp on dense ones: `make bench-speed`.
 
 For each model and type, a dense and some low-rank random-weight files are written to build/bench/.
-llama-bench measures them in turns, the stock one (dense) and the patched one (dense and low-rank),
-built from the same archive with the same flags, with the same threads; figures are medians of
-all turns, ratios those of medians in the same turns.
+The stock library (dense) and the patched one (dense and low-rank), built from the same archive with
+the same flags, each load their file in a process of its own, and are timed in turns, with the same
+threads, some tenths of a second at a time. Figures are medians of all turns, ratios medians of
+those of the same turn.
 
 Decoding a token reads every weight once, and the keys and values of all tokens before it: its ideal
 speed-up is dense over low-rank bytes (all tensors but an embedding table of its own; a tied one is
@@ -16,12 +17,16 @@ a busy machine they are missed.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import click
 
@@ -32,6 +37,8 @@ from skipcat_edge.terminal import new_progress, new_table, stdout_console
 from skipcat_edge.weight_types import weight_type
 
 TARGET, STOCK_TARGET, BANDWIDTH_TARGET = 0.97, 0.98, 0.85
+MEMORY_SLACK = 4 * 2**20
+"""Bytes by which the same process differs from run to run."""
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "bench"
 NATIVE = ROOT / "build" / "native"
@@ -52,20 +59,66 @@ class Test:
 
 @dataclass
 class Subject:
-    """A file, and the program that runs it."""
+    """A file, and the library that runs it."""
 
     plan: Plan
     kind: str
     """`stock` or `patched`."""
-    rates: dict[Test, list[float]] = field(default_factory=dict)
-    """Tokens per second, one of each turn."""
+    seconds: dict[Test, list[float]] = field(default_factory=dict)
+    """One for each turn."""
+    buffers: dict[str, int] = field(default_factory=dict)
+    """Bytes, by the name that llama.cpp gives."""
+    peak_rss: int = 0
+    """Bytes."""
 
     @property
     def path(self) -> Path:
         return cached(self.plan)
 
+    def rates(self, test: Test) -> list[float]:
+        """Tokens per second of each turn."""
+        return [(test.prompt or test.generated) / seconds for seconds in self.seconds[test]]
+
     def rate(self, test: Test) -> float:
-        return statistics.median(self.rates[test])
+        return statistics.median(self.rates(test))
+
+
+class Worker:
+    """`subject`, loaded by speed_worker.py until the end of the context, which notes its memory."""
+
+    def __init__(self, subject: Subject, threads: int, context: int) -> None:
+        self._subject = subject
+        libraries = {"LLAMA_CPP_LIB_PATH": str(NATIVE / subject.kind / "bin")}
+        command = [sys.executable, str(ROOT / "tests" / "speed_worker.py"), str(subject.path), str(threads),
+                   str(context)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                         stderr=subprocess.DEVNULL, env={**os.environ, **libraries})
+        subject.buffers = self._answer()["buffers"]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if kind is None:
+            self._subject.peak_rss = self._answer()["peak_rss"]
+        self._process.wait()
+
+    def time(self, test: Test) -> None:
+        """One turn of `test`."""
+        assert self._process.stdin is not None
+        print(json.dumps(vars(test)), file=self._process.stdin, flush=True)
+        self._subject.seconds.setdefault(test, []).append(self._answer()["seconds"])
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            kind = self._subject.kind
+            raise click.ClickException(f"{kind} llama.cpp ran into an error with {self._subject.path}.")
+        return json.loads(line)
 
 
 def kv_bytes(model: Plan, depth: int) -> int:
@@ -110,43 +163,47 @@ def write_model(model: Plan, source: str | None) -> None:
         raise SystemExit(1)
 
 
-def run(subject: Subject, tests: Sequence[Test], threads: int) -> None:
-    """One turn of `subject`."""
-    prompts = [test.prompt for test in tests if test.prompt]
-    decodes = [test for test in tests if test.generated]
-    calls = [["-p", ",".join(map(str, prompts)), "-n", "0"]] if prompts else []
-    if decodes:
-        depths = ",".join(str(test.depth) for test in decodes)
-        calls.append(["-p", "0", "-n", str(decodes[0].generated), "-d", depths])
-    for arguments in calls:
-        command = [str(NATIVE / subject.kind / "bin" / "llama-bench"), "-m", str(subject.path), *arguments,
-                   "-t", str(threads), "-r", "1", "-o", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise click.ClickException(f"llama-bench failed: {done.stderr.strip().splitlines()[-1]}")
-        for row in json.loads(done.stdout):
-            test = Test(row["n_prompt"], row["n_gen"], row["n_depth"])
-            subject.rates.setdefault(test, []).append(row["avg_ts"])
-
-
 def speedup(fast: Subject, slow: Subject, test: Test) -> float:
     """Median over the turns of how much faster `fast` was in the same turn."""
-    return statistics.median(a / b for a, b in zip(fast.rates[test], slow.rates[test], strict=True))
+    turns = zip(fast.seconds[test], slow.seconds[test], strict=True)
+    return statistics.median(slow_s / fast_s for fast_s, slow_s in turns)
 
 
-def print_rates(subjects: Sequence[Subject], tests: Sequence[Test], bandwidth: float) -> None:
+def print_rates(subjects: Sequence[Subject], tests: Sequence[Test],
+                bandwidth: dict[Test, list[float]]) -> None:
     """What was measured, with its spread, and the share of the read bandwidth that decoding uses."""
     table = new_table("type", "ratio", "llama.cpp", "test", "tokens/s", "min", "max", "GB/s", "of bandwidth",
                       left=4)
     for subject in subjects:
         for test in tests:
-            rates = subject.rates[test]
+            rates = subject.rates(test)
             cells = ["", ""]
             if test.generated:
-                used = bytes_read(subject.plan, test) * subject.rate(test)
-                cells = [f"{used / 1e9:.1f}", f"{used / bandwidth:.2f}"]
+                used = [bytes_read(subject.plan, test) * rate for rate in rates]
+                share = statistics.median(a / b for a, b in zip(used, bandwidth[test], strict=True))
+                cells = [f"{statistics.median(used) / 1e9:.1f}", f"{share:.2f}"]
             table.add_row(subject.plan.type.name, f"{subject.plan.ratio:g}", subject.kind, str(test),
                           f"{subject.rate(test):.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}", *cells)
+    stdout_console().print(table)
+
+
+def print_memory(subjects: Sequence[Subject]) -> None:
+    """Peak resident memory in MB, and what of it is neither the file nor the copy of its repacked weights."""
+    table = new_table("type", "ratio", "llama.cpp", "file MB", "repacked", "KV", "compute", "peak", "beyond",
+                      "stock's", "", left=3)
+    stock_beyond = 0
+    for subject in subjects:
+        size = subject.path.stat().st_size
+        repacked, kv, compute = (
+            sum(nbytes for name, nbytes in subject.buffers.items() if part in name)
+            for part in ("REPACK", "KV", "compute")
+        )
+        beyond = subject.peak_rss - size - repacked
+        stock_beyond = stock_beyond or beyond
+        numbers = (size, repacked, kv, compute, subject.peak_rss, beyond, stock_beyond)
+        table.add_row(subject.plan.type.name, f"{subject.plan.ratio:g}", subject.kind,
+                      *(f"{nbytes / 1e6:.0f}" for nbytes in numbers),
+                      "met" if beyond <= stock_beyond + MEMORY_SLACK else "not met")
     stdout_console().print(table)
 
 
@@ -158,9 +215,10 @@ def comparisons(subjects: Sequence[Subject], tests: Sequence[Test]) -> Iterator[
             found = speedup(subject, stock, test)
             possible = ideal(subject.plan, stock.plan, test)
             target = TARGET if subject.plan.low_rank else STOCK_TARGET
+            over_own = speedup(subject, patched[0], test) / possible
             yield (subject.plan.type.name, f"{subject.plan.ratio:g}", str(test), f"{possible:.3f}",
                    f"{found:.3f}", f"{found / possible:.3f}", f"{target}",
-                   "met" if found / possible >= target else "not met")
+                   "met" if found / possible >= target else "not met", f"{over_own:.3f}")
 
 
 @click.command(help=__doc__)
@@ -169,39 +227,40 @@ def comparisons(subjects: Sequence[Subject], tests: Sequence[Test]) -> Iterator[
 @click.option("--ratios", default="0.8,0.6", show_default=True)
 @click.option("--prompts", default="32,128,512", show_default=True, help="Tokens.")
 @click.option("--depths", default="0,2048", show_default=True, help="Tokens before the decoded ones.")
-@click.option("--gen-tokens", default=32, show_default=True)
-@click.option("--repetitions", default=5, show_default=True, help="Turns.")
+@click.option("--gen-tokens", default=16, show_default=True)
+@click.option("--repetitions", default=10, show_default=True, help="Turns.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
 def main(models: tuple[str, ...], types: str, ratios: str, prompts: str, depths: str, gen_tokens: int,
          repetitions: int, threads: int, source: str | None, keep: bool) -> None:
     for kind in ("stock", "patched"):
-        if not (NATIVE / kind / "bin" / "llama-bench").exists():
-            raise click.ClickException("llama-bench is missing; run make native-tools.")
+        if not (NATIVE / kind / "bin" / "libllama.so").exists():
+            raise click.ClickException(f"{kind} llama.cpp is missing; run make native-tools.")
     tests = [Test(int(tokens), 0, 0) for tokens in prompts.split(",") if tokens]
     tests += [Test(0, gen_tokens, int(depth)) for depth in depths.split(",") if depth]
-    bandwidth = read_bandwidth(threads)
-    click.echo(f"{threads} threads read {bandwidth / 1e9:.1f} GB/s; decoding should reach "
-               f"{BANDWIDTH_TARGET:.0%} of it")
+    click.echo(f"{threads} threads; decoding should reach {BANDWIDTH_TARGET:.0%} of the bandwidth at which "
+               "they read memory, measured in the same turns")
     rows: list[tuple[str, ...]] = []
     for model in models:
         for name in types.split(","):
-            found = measure(model, name, ratios, tests, repetitions, threads, source, bandwidth, keep)
+            found = measure(model, name, ratios, tests, repetitions, threads, source, keep)
             rows += [(model, *row) for row in found]
     table = new_table("model", "type", "ratio", "test", "ideal", "speed-up", "efficiency", "target", "",
-                      left=4)
+                      "over patched dense", left=4)
     for row in rows:
         table.add_row(*row)
     click.echo()
     stdout_console().print(table)
-    low_rank = [float(row[5]) for row in rows if row[2] != "1"]
-    if low_rank:
-        click.echo(f"geometric mean of the low-rank speed-ups: {statistics.geometric_mean(low_rank):.3f}")
+    for kind in ("decode", "prompt"):
+        low_rank = [float(row[6]) for row in rows if row[2] != "1" and row[3].startswith(kind)]
+        if low_rank:
+            mean = statistics.geometric_mean(low_rank)
+            click.echo(f"geometric mean of the low-rank efficiencies, {kind}: {mean:.3f}")
 
 
 def measure(model: str, type_name: str, ratios: str, tests: Sequence[Test], repetitions: int, threads: int,
-            source: str | None, bandwidth: float, keep: bool) -> list[tuple[str, ...]]:
+            source: str | None, keep: bool) -> list[tuple[str, ...]]:
     """All files of one model and type, in turns; an empty list where the type's block does not fit."""
     type_ = weight_type(type_name)
     dimensions = model_dimensions(model)
@@ -222,18 +281,35 @@ def measure(model: str, type_name: str, ratios: str, tests: Sequence[Test], repe
     try:
         for planned in plans:
             write_model(planned, source)
-        with new_progress() as progress:
-            task = progress.add_task(f"{model} {type_name}", total=repetitions * len(subjects))
-            for _ in range(repetitions):
-                for subject in subjects:
-                    run(subject, tests, threads)
-                    progress.advance(task)
+        bandwidth = time_all(subjects, tests, repetitions, threads, f"{model} {type_name}")
+        print_rates(subjects, tests, bandwidth)
+        print_memory(subjects)
+        return list(comparisons(subjects, tests))
     finally:
         if not keep:
             for planned in plans:
                 cached(planned).unlink(missing_ok=True)
-    print_rates(subjects, tests, bandwidth)
-    return list(comparisons(subjects, tests))
+
+
+def time_all(subjects: Sequence[Subject], tests: Sequence[Test], repetitions: int, threads: int,
+             title: str) -> dict[Test, list[float]]:
+    """Each test in turns of all subjects, the first one moving on.
+
+    Returns the bandwidth, bytes per second, that was read before each turn of decoding.
+    """
+    bandwidth: dict[Test, list[float]] = {}
+    context = max(test.prompt + test.generated + test.depth for test in tests) + 64
+    with ExitStack() as stack, new_progress() as progress:
+        task = progress.add_task(title, total=repetitions * len(subjects) * len(tests))
+        workers = [stack.enter_context(Worker(subject, threads, context)) for subject in subjects]
+        for test in tests:
+            for turn in range(repetitions):
+                if test.generated:
+                    bandwidth.setdefault(test, []).append(read_bandwidth(threads, 128 * 2**20, 2))
+                for index in range(len(workers)):
+                    workers[(turn + index) % len(workers)].time(test)
+                    progress.advance(task)
+    return bandwidth
 
 
 if __name__ == "__main__":
