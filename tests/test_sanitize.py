@@ -1,4 +1,4 @@
-"""The kernels of SKIP_GATHER under AddressSanitizer and UndefinedBehaviorSanitizer, NEON by emulation."""
+"""SKIP_GATHER and SKIP_MUL_MAT under AddressSanitizer and UndefinedBehaviorSanitizer, NEON by emulation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from skipcat_edge.runtime.pin import patches_dir
 from skipcat_edge.runtime.source import stock_tree
 
-DRIVER = Path(__file__).resolve().parent / "cpp" / "skip_gather_sanitize.cpp"
+DRIVERS = Path(__file__).resolve().parent / "cpp"
 KERNELS = Path("vendor", "llama.cpp", "ggml", "src", "ggml-cpu")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CPU_LACKS_IT = 77
@@ -29,11 +29,11 @@ class Toolchain:
     run: tuple[str, ...] = ()
     """What runs its programs, where this machine does not."""
 
-    def build_and_run(self, source: Path, program: Path) -> subprocess.CompletedProcess[str]:
+    def build_and_run(self, source: Path, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         subprocess.run([*self.compile, str(source), "-o", str(program)], check=True, capture_output=True)
         # Leaks cannot be looked for under emulation or a debugger, and are not the point.
         env = {"ASAN_OPTIONS": "detect_leaks=0", "PATH": ""}
-        return subprocess.run([*self.run, str(program)], env=env, capture_output=True, text=True)
+        return subprocess.run([*self.run, str(program), *arguments], env=env, capture_output=True, text=True)
 
     def works(self, directory: Path) -> bool:
         """Whether it can build and run an empty program: sanitizers are a package of their own."""
@@ -45,21 +45,37 @@ class Toolchain:
             return False
 
 
-def check_kernels(toolchain: Toolchain, directory: Path, path: str) -> None:
+@dataclass(frozen=True)
+class Driver:
+    source: Path
+    min_cases: int
+    emulated_one_of: int = 1
+    """How many cases there are to each one that is run by emulation, which is slow at threads."""
+
+
+each_driver = pytest.mark.parametrize("driver", [
+    pytest.param(Driver(DRIVERS / "skip_gather_sanitize.cpp", 50_000), id="skip_gather"),
+    pytest.param(Driver(DRIVERS / "skip_mul_mat_sanitize.cpp", 20_000, 5), id="skip_mul_mat"),
+])  # fmt: skip
+
+
+def check_kernels(driver: Driver, toolchain: Toolchain, directory: Path, path: str) -> None:
     """Run the driver; it names the code path that it was compiled to, and how many cases it ran."""
     ggml = stock_tree() / "vendor" / "llama.cpp" / "ggml"
     include = [patches_dir() / "overlay" / KERNELS, ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu"]
-    flags = ("-std=c++17", "-O1", "-g", *(f"-I{folder}" for folder in include))
+    flags = ("-std=c++17", "-O1", "-g", "-pthread", *(f"-I{folder}" for folder in include))
     complete = Toolchain((*toolchain.compile, *flags), toolchain.run)
+    one_of = driver.emulated_one_of if toolchain.run else 1
+    arguments = [str(one_of)] if one_of > 1 else []
     try:
-        result = complete.build_and_run(DRIVER, directory / "driver")
+        result = complete.build_and_run(driver.source, directory / "driver", *arguments)
     except subprocess.CalledProcessError as error:
         pytest.fail(error.stderr.decode("utf-8", "replace"))
     if result.returncode == CPU_LACKS_IT:
         pytest.skip(f"this CPU has no {path}")
     assert result.returncode == 0, result.stderr[:4000]
     name, cases, _ = result.stdout.split()
-    assert name == f"{path}:" and int(cases) > 50_000
+    assert name == f"{path}:" and int(cases) > driver.min_cases // one_of
 
 
 @pytest.mark.parametrize(("path", "flags", "here"), [
@@ -67,7 +83,8 @@ def check_kernels(toolchain: Toolchain, directory: Path, path: str) -> None:
     pytest.param("avx2", ("-mavx2",), X86, id="avx2"),
     pytest.param("neon", (), ARM, id="neon"),
 ])  # fmt: skip
-def test_natively(path: str, flags: tuple[str, ...], here: bool, tmp_path: Path) -> None:
+@each_driver
+def test_natively(driver: Driver, path: str, flags: tuple[str, ...], here: bool, tmp_path: Path) -> None:
     if not here:
         pytest.skip(f"{platform.machine()} does not compile to {path}")
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -76,11 +93,12 @@ def test_natively(path: str, flags: tuple[str, ...], here: bool, tmp_path: Path)
     toolchain = Toolchain((compiler, *SANITIZE, *flags))
     if not toolchain.works(tmp_path):
         pytest.skip(f"{compiler} has no sanitizers")
-    check_kernels(toolchain, tmp_path, path)
+    check_kernels(driver, toolchain, tmp_path, path)
 
 
 @pytest.mark.slow
-def test_neon_by_emulation(tmp_path: Path) -> None:
+@each_driver
+def test_neon_by_emulation(driver: Driver, tmp_path: Path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
@@ -90,4 +108,4 @@ def test_neon_by_emulation(tmp_path: Path) -> None:
     toolchain = Toolchain((compiler, *SANITIZE, "-static-libasan"), (emulator, "-L", str(root)))
     if not toolchain.works(tmp_path):
         toolchain = Toolchain((compiler, "-static"), (emulator,))
-    check_kernels(toolchain, tmp_path, "neon")
+    check_kernels(driver, toolchain, tmp_path, "neon")

@@ -6,26 +6,14 @@
 
 #include "skip-gather.cpp"
 
+#include "sanitize.h"
+
 #include <algorithm>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
-
-extern "C" void ggml_abort(const char * file, int line, const char * fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    fprintf(stderr, "%s:%d: ", file, line);
-    vfprintf(stderr, fmt, args);
-    va_end(args);
-    abort();
-}
-
-extern "C" int64_t ggml_nelements(const ggml_tensor * t) {
-    return t->ne[0]*t->ne[1]*t->ne[2]*t->ne[3];
-}
 
 struct Case {
     int64_t n;       // inputs
@@ -117,36 +105,6 @@ static void run(const Case & c, const std::vector<bool> & skip) {
     }
 }
 
-// what SKIP_MUL_MAT does with a row: the rest alone is gathered, the skip set alone is added
-static void run_halves(const Case & c, const std::vector<bool> & skip) {
-    std::unique_ptr<float[]>    x(new float[c.n]);
-    std::unique_ptr<uint32_t[]> words(new uint32_t[(c.n + 31)/32]());
-    std::vector<float> want_skip;
-    std::vector<float> want_rest;
-    for (int64_t j = 0; j < c.n; j++) {
-        x[j] = (float) j + 1;
-        words[j/32] |= (uint32_t) skip[j] << j%32;
-        (skip[j] ? want_skip : want_rest).push_back(skip[j] ? x[j] + 0.5f : x[j]);
-    }
-    const int64_t n_rest = c.n - c.rank;
-    std::unique_ptr<float[]> rest_data(new float[n_rest]);
-    std::unique_ptr<float[]> skip_data(new float[c.rank]);
-    std::fill_n(skip_data.get(), c.rank, 0.5f);
-
-    drop      nothing;
-    gather_to rest_out = { rest_data.get(), n_rest };
-    add_to    skip_out = { skip_data.get(), c.rank };
-    if (c.use_ref) {
-        split_scalar(x.get(), words.get(), 0, c.n, nothing, rest_out);
-        split_scalar(x.get(), words.get(), 0, c.n, skip_out, nothing);
-    } else {
-        split_row(x.get(), words.get(), c.n, nothing, rest_out);
-        split_row(x.get(), words.get(), c.n, skip_out, nothing);
-    }
-    check_row(c, "rest alone", rest_data.get(), n_rest, want_rest, 0);
-    check_row(c, "added skip", skip_data.get(), c.rank, want_skip, 0);
-}
-
 static std::vector<std::vector<bool>> masks(int64_t n, std::mt19937 & rng) {
     std::vector<std::vector<bool>> result;
     const auto add = [&](auto && chosen) {
@@ -177,16 +135,9 @@ static std::vector<std::vector<bool>> masks(int64_t n, std::mt19937 & rng) {
 }
 
 int main() {
-#if defined(__AVX2__)
-    if (!__builtin_cpu_supports("avx2")) {
-        return 77;
+    if (cpu_lacks_it()) {
+        return CPU_LACKS_IT;
     }
-    const char * path = "avx2";
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-    const char * path = "neon";
-#else
-    const char * path = "generic";
-#endif
 
     std::mt19937 rng(0);
     long n_cases = 0;
@@ -201,7 +152,6 @@ int main() {
                 if (rank < 1 || rank >= n) {
                     continue;
                 }
-                run_halves({ n, rank, 1, n, 1, false, rng() % 4 == 0 }, skip);
                 for (const int n_threads : { 1, 2, 7 }) {
                     const int64_t n_rows = 1 + rng() % 6;
                     const int64_t stride = n + (rng() % 2 ? 0 : 5);
@@ -212,6 +162,6 @@ int main() {
         }
     }
 
-    printf("%s: %ld cases\n", path, n_cases);
+    printf("%s: %ld cases\n", code_path, n_cases);
     return 0;
 }
