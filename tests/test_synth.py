@@ -88,7 +88,7 @@ def test_vocabulary_is_padded_to_the_embedding(tree: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.5])
-@pytest.mark.parametrize(("quant", "grid"), [("Q8_0", 32), ("F16", 16)])
+@pytest.mark.parametrize(("quant", "grid"), [("Q8_0", 32), ("F16", 8)])
 def test_low_rank(tree: Path, tmp_path: Path, ratio: float, quant: str, grid: int) -> None:
     out = tmp_path / "low-rank.gguf"
     result = synth(tree, out, "--ratio", str(ratio), "--quant", quant, "--seed", "7")
