@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint golden native-tools bench-speed bench-quality wheel phone test-arm clean
+.PHONY: help setup demo test test-fast lint golden native-tools bench-speed bench-instructions bench-quality wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -24,6 +24,7 @@ help:
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
 	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp and the ideal; over an hour"
+	@echo "make bench-instructions  how many an Arm core executes per token, by emulation: also needs qemu-user"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 
 setup: $(VENV)/.runtime
@@ -72,6 +73,9 @@ native-tools: setup
 
 bench-speed: native-tools
 	$(BIN)/python tests/bench_speed.py
+
+bench-instructions: setup
+	$(BIN)/python tests/bench_instructions.py
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py

@@ -29,32 +29,16 @@ from types import TracebackType
 from typing import Any
 
 import click
+from bench_models import ROOT, Test, bytes_read, cached, ideal, planned_models, written
 
 from skipcat_edge.bandwidth import read_bandwidth
-from skipcat_edge.errors import UserError
-from skipcat_edge.synth_plan import Plan, model_dimensions, plan
+from skipcat_edge.synth_plan import Plan
 from skipcat_edge.terminal import new_progress, new_table, stdout_console
-from skipcat_edge.weight_types import weight_type
 
 TARGET, STOCK_TARGET, BANDWIDTH_TARGET = 0.97, 0.98, 0.85
 MEMORY_SLACK = 4 * 2**20
 """Bytes by which the same process differs from run to run."""
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "bench"
 NATIVE = ROOT / "build" / "native"
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Test:
-    """One of llama-bench's: a prompt of `prompt` tokens, or `generated` tokens after `depth` others."""
-
-    prompt: int
-    generated: int
-    depth: int
-
-    def __str__(self) -> str:
-        return f"prompt {self.prompt}" if self.prompt else f"decode at {self.depth}"
 
 
 @dataclass
@@ -119,48 +103,6 @@ class Worker:
             kind = self._subject.kind
             raise click.ClickException(f"{kind} llama.cpp ran into an error with {self._subject.path}.")
         return json.loads(line)
-
-
-def kv_bytes(model: Plan, depth: int) -> int:
-    """Bytes of keys and values, F16, that decoding a token after `depth` others reads."""
-    dimensions = model.model
-    return 2 * 2 * dimensions.n_head_kv * dimensions.head_dim * dimensions.n_layer * depth
-
-
-def bytes_read(model: Plan, test: Test) -> float:
-    """Bytes that one decoded token reads, on average over the test."""
-    return model.bytes_per_token + kv_bytes(model, 1) * (test.depth + (test.generated + 1) / 2)
-
-
-def multiplications(model: Plan, test: Test) -> float:
-    """Of a prompt whose last token alone gets logits; a token attends to itself and all before it."""
-    dimensions, tokens = model.model, test.prompt
-    attention = 2 * dimensions.n_layer * dimensions.n_head * dimensions.head_dim * tokens * (tokens + 1) / 2
-    return tokens * model.linear_parameters + attention + dimensions.n_vocab * dimensions.n_embd
-
-
-def ideal(low_rank: Plan, dense: Plan, test: Test) -> float:
-    """The speed-up that the work allows."""
-    work = multiplications if test.prompt else bytes_read
-    return work(dense, test) / work(low_rank, test)
-
-
-def cached(model: Plan) -> Path:
-    """Where the model's file is kept."""
-    return CACHE / f"{model.model.name}-{model.type.name}-{model.ratio:g}.gguf"
-
-
-def write_model(model: Plan, source: str | None) -> None:
-    """Write the model's file if it is not there."""
-    path = cached(model)
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = ["--quant", model.type.name, "--ratio", str(model.ratio), "--seed", str(model.seed)]
-    command = [sys.executable, "-c", "from skipcat_edge.cli import main; main()", "synth", model.model.name,
-               "-o", str(path), *options, *(["--source", source] if source else [])]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        raise SystemExit(1)
 
 
 def speedup(fast: Subject, slow: Subject, test: Test) -> float:
@@ -262,33 +204,15 @@ def main(models: tuple[str, ...], types: str, ratios: str, prompts: str, depths:
 def measure(model: str, type_name: str, ratios: str, tests: Sequence[Test], repetitions: int, threads: int,
             source: str | None, keep: bool) -> list[tuple[str, ...]]:
     """All files of one model and type, in turns; an empty list where the type's block does not fit."""
-    type_ = weight_type(type_name)
-    dimensions = model_dimensions(model)
-    plans: list[Plan] = []
-    for ratio in (1.0, *map(float, ratios.split(","))):
-        try:
-            planned = plan(dimensions, type_, ratio, SEED)
-        except UserError as error:  # a ratio that the type's grid of ranks does not reach
-            click.echo(f"{model} {type_name} {ratio:g}: left out: {error}")
-            continue
-        if any(tensor.name.startswith("blk.") for tensor in planned.fallbacks):
-            click.echo(f"{model} {type_name} {ratio:g}: left out: rows are no whole blocks")
-            continue
-        plans.append(planned)
-    if not plans or plans[0].low_rank:
+    plans = planned_models(model, type_name, ratios)
+    if not plans:
         return []
     subjects = [Subject(plans[0], "stock"), *(Subject(planned, "patched") for planned in plans)]
-    try:
-        for planned in plans:
-            write_model(planned, source)
+    with written(plans, source, keep):
         bandwidth = time_all(subjects, tests, repetitions, threads, f"{model} {type_name}")
         print_rates(subjects, tests, bandwidth)
         print_memory(subjects)
-        return list(comparisons(subjects, tests))
-    finally:
-        if not keep:
-            for planned in plans:
-                cached(planned).unlink(missing_ok=True)
+    return list(comparisons(subjects, tests))
 
 
 def time_all(subjects: Sequence[Subject], tests: Sequence[Test], repetitions: int, threads: int,

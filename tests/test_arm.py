@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from arm_debian import ArmDebian, UnavailableError, download, missing_packages
+from bench_instructions import EMULATOR, new_counter
 from click.testing import CliRunner
 from conversion import DEMO, convert_model
 
@@ -33,6 +34,7 @@ CPUS = {
     "max,sve=off,sme=off": "armv8.6_0",  # phones: i8mm, no SVE
     "max,sme=off": "armv8.6_2",
 }
+OP_TESTS = ("test_skip_gather.py", "test_skip_mul_mat.py")
 every_cpu = pytest.mark.parametrize("cpu", CPUS)
 PROMPT = "Once upon a time, there was a little fox who"
 
@@ -59,7 +61,7 @@ def debian() -> ArmDebian:
     tests = system.root / "root" / "tests"
     shutil.rmtree(tests, ignore_errors=True)
     tests.mkdir()
-    for name in ("test_skip_gather.py", "conftest.py", "conversion.py", "greedy_worker.py"):
+    for name in (*OP_TESTS, "conftest.py", "conversion.py", "greedy_worker.py"):
         shutil.copy(ROOT / "tests" / name, tests)
     return system
 
@@ -74,10 +76,13 @@ def test_the_best_variant_is_chosen(debian: ArmDebian, cpu: str) -> None:
 
 
 @every_cpu
-def test_the_op_equals_numpy(debian: ArmDebian, cpu: str) -> None:
+@pytest.mark.parametrize("tests", OP_TESTS)
+def test_the_op_equals_numpy(debian: ArmDebian, tests: str, cpu: str) -> None:
     command = ["/venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    out = debian.run([*command, "/root/tests/test_skip_gather.py"], cpu)
-    assert " passed" in out and "failed" not in out and "skipped" not in out
+    out = debian.run([*command, f"/root/tests/{tests}"], cpu)
+    assert " passed" in out and "failed" not in out
+    # without dotprod no weights are repacked
+    assert ("skipped" in out) == (cpu == "cortex-a72" and tests == "test_skip_mul_mat.py")
 
 
 @every_cpu
@@ -115,6 +120,28 @@ def test_greedy_tokens_are_those_of_this_machine(
     there = debian.run(command, cpu)
     assert there == here
     assert len(there.split()) == 24
+
+
+# loops as often as its first argument has characters, two instructions each time
+LOOP = """
+.globl _start
+_start: ldr x1, [sp, 16]
+1:      ldrb w0, [x1], 1
+        cbnz w0, 1b
+        mov x0, 0
+        mov x8, 93
+        svc 0
+"""
+
+
+@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason="sudo apt install qemu-user")
+def test_instructions_are_counted(tmp_path: Path) -> None:
+    source, program = tmp_path / "loop.s", tmp_path / "loop"
+    source.write_text(LOOP)
+    compiler = ["aarch64-linux-gnu-gcc", "-nostdlib", "-static"]
+    subprocess.run([*compiler, str(source), "-o", str(program)], check=True)
+    counter = new_counter("cortex-a72", tmp_path, program)
+    assert counter.count(program, "x" * 12345) == 2 * (12345 + 1) + 4
 
 
 def test_static_programs_for_a_phone(tmp_path: Path, demo_dense_gguf: Path) -> None:

@@ -39,3 +39,15 @@ extern "C" void ggml_abort(const char * file, int line, const char * fmt, ...) {
 extern "C" int64_t ggml_nelements(const ggml_tensor * t) {
     return t->ne[0]*t->ne[1]*t->ne[2]*t->ne[3];
 }
+
+// of types whose block is one element
+extern "C" bool ggml_is_contiguous(const ggml_tensor * t) {
+    size_t next = t->nb[0];
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+        if (t->ne[i] != 1 && t->nb[i] != next) {
+            return false;
+        }
+        next *= t->ne[i];
+    }
+    return true;
+}

@@ -18,7 +18,10 @@ void ggml_compute_forward_skip_gather(const ggml_compute_params * params, ggml_t
     const int64_t n_rows = ne1*ne2*ne3;
 
     // the graph may come from elsewhere (RPC)
-    GGML_ASSERT(rank > 0 && rank < n && ggml_nelements(dst) == n*n_rows && ggml_nelements(mask) == (n + 31)/32);
+    GGML_ASSERT(rank > 0 && rank < n);
+    GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float));
+    GGML_ASSERT(mask->type == GGML_TYPE_I32 && ggml_is_contiguous(mask) && ggml_nelements(mask) == (n + 31)/32);
+    GGML_ASSERT(dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && ggml_nelements(dst) == n*n_rows);
 
     float * rest_data = (float *) dst->data;       // [n_rest, n_rows]
     float * skip_data = rest_data + n_rest*n_rows; // [rank,   n_rows]

@@ -53,7 +53,9 @@ struct skip_call {
         n(x->ne[0]), rank(t->ne[1]), n_rest(t->ne[0]), n_rows(ggml_nrows(x)), repacked(nullptr) {
         // the graph may come from elsewhere (RPC)
         GGML_ASSERT(rank > 0 && n_rest == n - rank && dst->ne[0] == rank && ggml_nrows(dst) == n_rows);
-        GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && ggml_nelements(mask) == (n + 31)/32);
+        GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float));
+        GGML_ASSERT(mask->type == GGML_TYPE_I32 && ggml_is_contiguous(mask) && ggml_nelements(mask) == (n + 31)/32);
+        GGML_ASSERT(dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst) && ggml_is_contiguous(t));
 
         if (t->buffer && t->buffer->buft == ggml_backend_cpu_repack_buffer_type()) {
             repacked = dynamic_cast<ggml::cpu::skip_repacked *>((ggml::cpu::tensor_traits *) t->extra);
