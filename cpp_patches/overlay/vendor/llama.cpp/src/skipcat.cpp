@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#define SKIPCAT_RUNTIME_REVISION 3
+#define SKIPCAT_RUNTIME_REVISION 4
 #define SKIPCAT_FORMAT_VERSION   1
 
 #define SKIPCAT_STR_(x) #x
@@ -297,17 +297,19 @@ std::shared_ptr<const skipcat_model> skipcat_finish(const llama_model_loader & m
 //
 
 // SKIPCAT_FUSED: 1 the fused op wherever it can be, 0 nowhere, else where it was measured faster: for one token,
-// where three barriers less are 4 to 9 % of the time; for 2 to 512 both forms are equal within 1 %
+// where three barriers less are 4 to 9 % of the time, and for more with repacked weights, where up to 10 % were
+// found and no loss; other kernels take x_R as the composed graph makes it, and both forms are as fast
 static bool use_fused(const ggml_tensor * t, const ggml_tensor * x) {
     ggml_backend_buffer_type_t buft = t->buffer ? ggml_backend_buffer_get_type(t->buffer) : nullptr;
-    if (buft == nullptr || (!ggml_backend_buft_is_host(buft) && strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") != 0)) {
+    const bool repacked = buft != nullptr && strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") == 0;
+    if (buft == nullptr || (!repacked && !ggml_backend_buft_is_host(buft))) {
         return false;
     }
     const char * forced = getenv("SKIPCAT_FUSED");
     if (forced != nullptr && (strcmp(forced, "0") == 0 || strcmp(forced, "1") == 0)) {
         return forced[0] == '1';
     }
-    return ggml_nrows(x) == 1;
+    return repacked || ggml_nrows(x) == 1;
 }
 
 // z = x_S + T x_R, or A x without Skip: {rank, n1, n2, n3}

@@ -106,8 +106,11 @@ struct skip_call {
         return (const float *) ((const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + i3*x->nb[3]);
     }
 
-    // rows of T that are multiplied together
-    int64_t unit() const { return repacked ? repacked->n_cols() : 1; }
+    // rows of T that are multiplied together: AVX-512 takes 16 for many rows of x, and is slower for what is left over
+    int64_t unit() const {
+        const int64_t n_cols = repacked ? repacked->n_cols() : 1;
+        return repacked && n_rows > 1 && rank % 16 == 0 ? std::max<int64_t>(n_cols, 16) : n_cols;
+    }
 
     const uint32_t * words() const { return (const uint32_t *) mask->data; }
 };
