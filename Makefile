@@ -52,8 +52,9 @@ demo: setup
 	@$(BIN)/python $(DEMO)/show.py $(BUILD)/dense.gguf $(BUILD)/skipcat.gguf
 	$(BIN)/skipcat-edge bench $(BUILD)/dense.gguf $(BUILD)/skipcat.gguf --repetitions 5
 
+# A process per core and file of tests; where each also had a thread per core, they would wait for each other.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not native and not arm"

@@ -53,3 +53,8 @@ def layers(source: Any, demo_dense_gguf: Path) -> Any:
     from skipcat_edge.runtime.source import stock_tree
 
     return map_layers(GGUFReader(demo_dense_gguf), source.module, stock_tree())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_quality"))

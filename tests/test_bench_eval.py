@@ -13,13 +13,13 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import run
 from gguf import GGUFWriter, PoolingType
 
 from skipcat_edge.bench import Spread, bench
-from skipcat_edge.cli import main
 from skipcat_edge.embedding_eval import EmbeddingSimilarity, compare, lines_of
 from skipcat_edge.errors import UserError
 from skipcat_edge.perplexity import negative_log_likelihoods, perplexity, start_token, text_chunks
@@ -31,14 +31,8 @@ STORY = (
 WINDOW = 24
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
 def run_json(*arguments: str | Path) -> Any:
-    result = run(*arguments, "--threads", "1", "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return command_line.run_json(*arguments, "--threads", "1")
 
 
 @pytest.fixture

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from gguf import GGUFWriter, PoolingType
 from hypothesis import given
 from hypothesis import strategies as st
 from vocabulary import write_vocabulary
 
 from skipcat_edge import divergence
-from skipcat_edge.cli import main
 from skipcat_edge.divergence import compare, compare_rows, open_pair
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import ModelDimensions
@@ -38,13 +37,11 @@ WORDS = tuple(f"▁w{i}" for i in range(61))
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+    return command_line.run("eval", *arguments)
 
 
 def run_json(*arguments: str | Path) -> Any:
-    result = run(*arguments, "--threads", "1", "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return command_line.run_json("eval", *arguments, "--threads", "1")
 
 
 def write_model(folder: Path, name: str, quant: str = "F16", ratio: float = 1.0, seed: int = 0,
