@@ -23,8 +23,9 @@ help:
 	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
-	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp and the ideal; over an hour"
-	@echo "make bench-instructions  how many an Arm core executes per token, by emulation: also needs qemu-user"
+	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp: writes docs/speed.md; about 40 minutes"
+	@echo "make bench-instructions  what an Arm core executes per token, by emulation (apt install qemu-user):"
+	@echo "                   writes docs/instructions.md"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 
 setup: $(VENV)/.runtime
@@ -73,10 +74,10 @@ native-tools: setup
 	$(BIN)/skipcat-edge runtime native-tools
 
 bench-speed: native-tools
-	$(BIN)/python tests/bench_speed.py
+	$(BIN)/python tests/bench_speed.py --out docs/speed.md
 
 bench-instructions: setup
-	$(BIN)/python tests/bench_instructions.py
+	$(BIN)/python tests/bench_instructions.py --out docs/instructions.md
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py

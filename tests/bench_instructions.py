@@ -20,12 +20,13 @@ from pathlib import Path
 
 import click
 from bench_models import ROOT, Test, cached, ideal, planned_models, written
+from bench_report import Report
 
 from skipcat_edge.device import load_device
 from skipcat_edge.runtime.native_tools import build_phone_tools
 from skipcat_edge.runtime.target import Target
 from skipcat_edge.synth_plan import Plan
-from skipcat_edge.terminal import new_progress, new_table, stdout_console
+from skipcat_edge.terminal import new_progress, new_table
 
 LIMIT = 1.03
 """Of the share of instructions over the share of bytes."""
@@ -37,6 +38,11 @@ CORES = {"rpi4": "cortex-a72", "rpi5": "neoverse-n1", "pixel-8": "max,sve=off,sm
 FORMS = {"fused": "1", "composed": "0"}
 """SKIPCAT_FUSED of each form of the graph."""
 ONE_TOKEN = Test(0, 1, 0)
+EXPLANATION = """\
+Executed by one core for the second generated token, counted by qemu's plugin interface, for random \
+weights of the model's dimensions. *over bytes*: the share of the dense file's instructions over the share \
+of its bytes. Cores: \
+""" + ", ".join(f"{device} as {core.partition(',')[0]}" for device, core in CORES.items()) + "."
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,9 @@ def rows(on: Emulated, plans: Sequence[Plan]) -> Iterator[tuple[str, ...]]:
 @click.option("--devices", default=",".join(CORES), show_default=True)
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as Markdown.")
 def main(models: tuple[str, ...], types: str, ratios: str, devices: str, source: str | None,
-         keep: bool) -> None:
+         keep: bool, out: Path | None) -> None:
     targets = [emulated(device) for device in devices.split(",")]
     table = new_table("device", "model", "type", "ratio", "graph", "million instructions", "of dense",
                       "bytes of dense", "over bytes", "", left=5)
@@ -142,11 +149,16 @@ def main(models: tuple[str, ...], types: str, ratios: str, devices: str, source:
                     progress.advance(task)
     for row in found:
         table.add_row(*row)
-    stdout_console().print(table)
+    report = Report("Instructions of an Arm core per token", "make bench-instructions")
+    report.text(EXPLANATION)
+    report.table(table)
     for form in FORMS:
         excess = [float(row[8]) for row in found if row[4] == form]
         mean = statistics.geometric_mean(excess)
-        click.echo(f"{form}: {mean:.3f} in the geometric mean, {max(excess):.3f} at most; limit {LIMIT}")
+        report.text(f"{form.capitalize()} graph: {mean:.3f} in the geometric mean, {max(excess):.3f} at most "
+                    f"(limit {LIMIT}).")
+    if out:
+        report.save(out)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,24 @@ from typing import Any
 
 import click
 from bench_models import ROOT, Test, bytes_read, cached, ideal, planned_models, written
+from bench_report import Report, machine
+from rich.table import Table
 
 from skipcat_edge.bandwidth import read_bandwidth
 from skipcat_edge.synth_plan import Plan
-from skipcat_edge.terminal import new_progress, new_table, stdout_console
+from skipcat_edge.terminal import new_progress, new_table
 
 TARGET, STOCK_TARGET, BANDWIDTH_TARGET = 0.97, 0.98, 0.85
 MEMORY_SLACK = 4 * 2**20
 """Bytes by which the same process differs from run to run."""
 NATIVE = ROOT / "build" / "native"
+EXPLANATION = """\
+Random weights of the models' dimensions. Files took turns, some tenths of a second each: tokens/s are the \
+median of all turns with the least and the greatest, ratios medians of those of the same turn. *speed-up*: \
+over stock llama.cpp with the dense file. *ideal*: what the smaller number of bytes (decode) or \
+multiplications (prompt) allows, attention and head included. *efficiency*: speed-up over ideal. *over \
+patched dense*: the same with the dense file in the patched library. *of bandwidth*: bytes read per second \
+over what the same threads read from memory in the same turn."""
 
 
 @dataclass
@@ -111,28 +120,68 @@ def speedup(fast: Subject, slow: Subject, test: Test) -> float:
     return statistics.median(slow_s / fast_s for fast_s, slow_s in turns)
 
 
-def print_rates(subjects: Sequence[Subject], tests: Sequence[Test],
-                bandwidth: dict[Test, list[float]]) -> None:
-    """What was measured, with its spread, and the share of the read bandwidth that decoding uses."""
-    table = new_table("type", "ratio", "llama.cpp", "test", "tokens/s", "min", "max", "GB/s", "of bandwidth",
-                      left=4)
+@dataclass(frozen=True)
+class Row:
+    """One test of a file, against stock llama.cpp with the dense one."""
+
+    subject: Subject
+    test: Test
+    ideal: float
+    speedup: float
+    over_own: float
+    """Speed-up over the dense file in the patched library."""
+    share_of_bandwidth: float | None
+
+    @property
+    def efficiency(self) -> float:
+        return self.speedup / self.ideal
+
+    @property
+    def target(self) -> float:
+        return TARGET if self.subject.plan.low_rank else STOCK_TARGET
+
+    def cells(self) -> tuple[str, ...]:
+        rates, model = self.subject.rates(self.test), self.subject.plan
+        share = "" if self.share_of_bandwidth is None else f"{self.share_of_bandwidth:.2f}"
+        first = (model.type.name, f"{model.ratio:g}", self.subject.kind, str(self.test))
+        speed = (f"{statistics.median(rates):.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}", share)
+        if self.subject.kind == "stock":
+            return (*first, *speed, "", "", "", "", "")
+        return (*first, *speed, f"{self.ideal:.3f}", f"{self.speedup:.3f}", f"{self.efficiency:.3f}",
+                "met" if self.efficiency >= self.target else "not met", f"{self.over_own / self.ideal:.3f}")
+
+
+HEADER = ("type", "ratio", "llama.cpp", "test", "tokens/s", "min", "max", "of bandwidth", "ideal", "speed-up",
+          "efficiency", "", "over patched dense")
+
+
+def compared(subjects: Sequence[Subject], tests: Sequence[Test],
+             bandwidth: dict[Test, list[float]]) -> Iterator[Row]:
+    """Each file and test against the first one, stock's."""
+    stock, dense, *_ = subjects
     for subject in subjects:
         for test in tests:
-            rates = subject.rates(test)
-            cells = ["", ""]
+            share = None
             if test.generated:
-                used = [bytes_read(subject.plan, test) * rate for rate in rates]
+                used = [bytes_read(subject.plan, test) * rate for rate in subject.rates(test)]
                 share = statistics.median(a / b for a, b in zip(used, bandwidth[test], strict=True))
-                cells = [f"{statistics.median(used) / 1e9:.1f}", f"{share:.2f}"]
-            table.add_row(subject.plan.type.name, f"{subject.plan.ratio:g}", subject.kind, str(test),
-                          f"{subject.rate(test):.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}", *cells)
-    stdout_console().print(table)
+            yield Row(subject, test, ideal(subject.plan, stock.plan, test), speedup(subject, stock, test),
+                      speedup(subject, dense, test), share)
 
 
-def print_memory(subjects: Sequence[Subject]) -> None:
+def speed_table(rows: Sequence[Row]) -> Table:
+    table = new_table(*HEADER, left=4)
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
+
+
+MEMORY_HEADER = ("model", "type", "ratio", "llama.cpp", "file MB", "repacked", "KV", "compute", "peak",
+                 "beyond", "stock's", "")
+
+
+def memory_cells(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
     """Peak resident memory in MB, and what of it is neither the file nor the copy of its repacked weights."""
-    table = new_table("type", "ratio", "llama.cpp", "file MB", "repacked", "KV", "compute", "peak", "beyond",
-                      "stock's", "", left=3)
     stock_beyond = 0
     for subject in subjects:
         size = subject.path.stat().st_size
@@ -143,24 +192,37 @@ def print_memory(subjects: Sequence[Subject]) -> None:
         beyond = subject.peak_rss - size - repacked
         stock_beyond = stock_beyond or beyond
         numbers = (size, repacked, kv, compute, subject.peak_rss, beyond, stock_beyond)
-        table.add_row(subject.plan.type.name, f"{subject.plan.ratio:g}", subject.kind,
-                      *(f"{nbytes / 1e6:.0f}" for nbytes in numbers),
-                      "met" if beyond <= stock_beyond + MEMORY_SLACK else "not met")
-    stdout_console().print(table)
+        model = subject.plan
+        yield (model.model.name, model.type.name, f"{model.ratio:g}", subject.kind,
+               *(f"{nbytes / 1e6:.0f}" for nbytes in numbers),
+               "met" if beyond <= stock_beyond + MEMORY_SLACK else "not met")
 
 
-def comparisons(subjects: Sequence[Subject], tests: Sequence[Test]) -> Iterator[tuple[str, ...]]:
-    """Cells of each low-rank file and of the patched dense one against stock llama.cpp."""
-    stock, *patched = subjects
-    for subject in patched:
-        for test in tests:
-            found = speedup(subject, stock, test)
-            possible = ideal(subject.plan, stock.plan, test)
-            target = TARGET if subject.plan.low_rank else STOCK_TARGET
-            over_own = speedup(subject, patched[0], test) / possible
-            yield (subject.plan.type.name, f"{subject.plan.ratio:g}", str(test), f"{possible:.3f}",
-                   f"{found:.3f}", f"{found / possible:.3f}", f"{target}",
-                   "met" if found / possible >= target else "not met", f"{over_own:.3f}")
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence for each target."""
+    for kind in ("decode", "prompt"):
+        low_rank = [row for row in rows if row.subject.plan.low_rank and str(row.test).startswith(kind)]
+        dense = [row for row in rows if row.subject.kind == "patched" and not row.subject.plan.low_rank
+                 and str(row.test).startswith(kind)]
+        if low_rank:
+            efficiencies = [row.efficiency for row in low_rank]
+            met = sum(efficiency >= TARGET for efficiency in efficiencies)
+            yield (f"{kind.capitalize()}: efficiency {min(efficiencies):.3f} to {max(efficiencies):.3f}, "
+                   f"{statistics.geometric_mean(efficiencies):.3f} in the geometric mean; {met} of "
+                   f"{len(efficiencies)} cells reach {TARGET}. Speed-up over the dense file in the patched "
+                   "library, over the ideal: "
+                   f"{statistics.geometric_mean(row.over_own / row.ideal for row in low_rank):.3f} in the "
+                   "geometric mean.")
+        if dense:
+            ratios = [row.speedup for row in dense]
+            yield (f"Dense files, {kind}, patched over stock: {min(ratios):.3f} to {max(ratios):.3f}, "
+                   f"{statistics.geometric_mean(ratios):.3f} in the geometric mean.")
+    shares = [(row.share_of_bandwidth, row) for row in rows if row.share_of_bandwidth is not None]
+    if shares:
+        share, row = max(shares, key=lambda pair: pair[0])
+        model = row.subject.plan
+        yield (f"Decoding reads at most {share:.0%} of the measured bandwidth ({model.model.name} "
+               f"{model.type.name} {model.ratio:g}, {row.test}); {BANDWIDTH_TARGET:.0%} is the target.")
 
 
 @click.command(help=__doc__)
@@ -174,45 +236,51 @@ def comparisons(subjects: Sequence[Subject], tests: Sequence[Test]) -> Iterator[
 @click.option("--threads", default=2, show_default=True)
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as Markdown.")
 def main(models: tuple[str, ...], types: str, ratios: str, prompts: str, depths: str, gen_tokens: int,
-         repetitions: int, threads: int, source: str | None, keep: bool) -> None:
+         repetitions: int, threads: int, source: str | None, keep: bool, out: Path | None) -> None:
     for kind in ("stock", "patched"):
         if not (NATIVE / kind / "bin" / "libllama.so").exists():
             raise click.ClickException(f"{kind} llama.cpp is missing; run make native-tools.")
     tests = [Test(int(tokens), 0, 0) for tokens in prompts.split(",") if tokens]
     tests += [Test(0, gen_tokens, int(depth)) for depth in depths.split(",") if depth]
-    click.echo(f"{threads} threads; decoding should reach {BANDWIDTH_TARGET:.0%} of the bandwidth at which "
-               "they read memory, measured in the same turns")
-    rows: list[tuple[str, ...]] = []
+    report = Report("Speed beside stock llama.cpp", "make bench-speed")
+    report.text(f"{machine()} {threads} threads, {repetitions} turns.")
+    report.text(EXPLANATION)
+    rows: list[Row] = []
+    memory: list[tuple[str, ...]] = []
     for model in models:
+        report.heading(model)
         for name in types.split(","):
-            found = measure(model, name, ratios, tests, repetitions, threads, source, keep)
-            rows += [(model, *row) for row in found]
-    table = new_table("model", "type", "ratio", "test", "ideal", "speed-up", "efficiency", "target", "",
-                      "over patched dense", left=4)
-    for row in rows:
-        table.add_row(*row)
-    click.echo()
-    stdout_console().print(table)
-    for kind in ("decode", "prompt"):
-        low_rank = [float(row[6]) for row in rows if row[2] != "1" and row[3].startswith(kind)]
-        if low_rank:
-            mean = statistics.geometric_mean(low_rank)
-            click.echo(f"geometric mean of the low-rank efficiencies, {kind}: {mean:.3f}")
+            found, beyond = measure(model, name, ratios, tests, repetitions, threads, source, keep)
+            if found:
+                report.table(speed_table(found))
+            rows += found
+            memory += beyond
+    report.heading("Memory")
+    report.text("MB. *beyond*: of the peak, what is neither the file nor the copy of its repacked weights.")
+    table = new_table(*MEMORY_HEADER, left=4)
+    for cells in memory:
+        table.add_row(*cells)
+    report.table(table)
+    report.heading("In short")
+    for sentence in summary(rows):
+        report.text(sentence)
+    if out:
+        report.save(out)
 
 
 def measure(model: str, type_name: str, ratios: str, tests: Sequence[Test], repetitions: int, threads: int,
-            source: str | None, keep: bool) -> list[tuple[str, ...]]:
-    """All files of one model and type, in turns; an empty list where the type's block does not fit."""
+            source: str | None, keep: bool) -> tuple[list[Row], list[tuple[str, ...]]]:
+    """All files of one model and type, in turns: speed, and memory; nothing where the type's block does not
+    fit."""
     plans = planned_models(model, type_name, ratios)
     if not plans:
-        return []
+        return [], []
     subjects = [Subject(plans[0], "stock"), *(Subject(planned, "patched") for planned in plans)]
     with written(plans, source, keep):
         bandwidth = time_all(subjects, tests, repetitions, threads, f"{model} {type_name}")
-        print_rates(subjects, tests, bandwidth)
-        print_memory(subjects)
-    return list(comparisons(subjects, tests))
+        return list(compared(subjects, tests, bandwidth)), list(memory_cells(subjects))
 
 
 def time_all(subjects: Sequence[Subject], tests: Sequence[Test], repetitions: int, threads: int,
