@@ -16,8 +16,8 @@ help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
 	@echo "make demo          compress the demo model, chat with it, measure it"
 	@echo "make test          all tests"
-	@echo "make test-arm      the aarch64 wheel, under emulation: apt install g++-aarch64-linux-gnu"
-	@echo "                   qemu-user-static proot debootstrap"
+	@echo "make test-arm      wheels for other CPUs, under emulation: apt install g++-aarch64-linux-gnu"
+	@echo "                   qemu-user-static qemu-user proot debootstrap"
 	@echo "make lint          ruff and mypy"
 	@echo "make wheel DEVICE=rpi5  the runtime for another machine, in dist/; skipcat-edge devices lists them"
 	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
@@ -61,7 +61,7 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not native and not arm"
 
 test-arm: setup
-	$(BIN)/python -m pytest -m arm -rs tests/test_arm.py
+	$(BIN)/python -m pytest -m arm -rs tests/test_arm.py tests/test_x86_wheel.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -82,12 +82,15 @@ bench-instructions: setup
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py
 
-wheel: $(VENV)/.package
-	@test -n "$(DEVICE)" || { echo "Say for which device: make wheel DEVICE=rpi5"; exit 2; }
+# before anything is installed
+.PHONY: a-device
+a-device:
+	@test -n "$(DEVICE)" || { echo "Say for which device: make $(MAKECMDGOALS) DEVICE=rpi5"; exit 2; }
+
+wheel: a-device $(VENV)/.package
 	$(BIN)/skipcat-edge runtime build --device $(DEVICE) --out dist
 
-phone: $(VENV)/.package
-	@test -n "$(DEVICE)" || { echo "Say for which device: make phone DEVICE=pixel-8"; exit 2; }
+phone: a-device $(VENV)/.package
 	$(BIN)/skipcat-edge runtime phone --device $(DEVICE)
 
 clean:

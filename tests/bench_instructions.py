@@ -134,6 +134,8 @@ def rows(on: Emulated, plans: Sequence[Plan]) -> Iterator[tuple[str, ...]]:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as Markdown.")
 def main(models: tuple[str, ...], types: str, ratios: str, devices: str, source: str | None,
          keep: bool, out: Path | None) -> None:
+    if unknown := set(devices.split(",")) - CORES.keys():
+        raise click.BadParameter(f"no core is known for {', '.join(unknown)}; use {', '.join(CORES)}.")
     targets = [emulated(device) for device in devices.split(",")]
     table = new_table("device", "model", "type", "ratio", "graph", "million instructions", "of dense",
                       "bytes of dense", "over bytes", "", left=5)
@@ -142,6 +144,8 @@ def main(models: tuple[str, ...], types: str, ratios: str, devices: str, source:
     with new_progress() as progress:
         for model, type_ in cells:
             plans = planned_models(model, type_, ratios)
+            if not plans:
+                continue
             task = progress.add_task(f"{model} {type_}", total=len(targets) * (2 * len(plans) - 1))
             with written(plans, source, keep):
                 for row in (row for target in targets for row in rows(target, plans)):
@@ -154,6 +158,8 @@ def main(models: tuple[str, ...], types: str, ratios: str, devices: str, source:
     report.table(table)
     for form in FORMS:
         excess = [float(row[8]) for row in found if row[4] == form]
+        if not excess:
+            continue
         mean = statistics.geometric_mean(excess)
         report.text(f"{form.capitalize()} graph: {mean:.3f} in the geometric mean, {max(excess):.3f} at most "
                     f"(limit {LIMIT}).")

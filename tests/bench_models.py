@@ -57,8 +57,8 @@ def ideal(low_rank: Plan, dense: Plan, test: Test) -> float:
 
 
 def cached(model: Plan) -> Path:
-    """Where the model's file is kept."""
-    return CACHE / f"{model.model.name}-{model.type.name}-{model.ratio:g}.gguf"
+    """Where the model's file is kept; other ranks at the same ratio are another file."""
+    return CACHE / f"{model.model.name}-{model.type.name}-{model.ratio:g}-{model.linear_parameters}.gguf"
 
 
 def write_model(model: Plan, source: str | None) -> None:

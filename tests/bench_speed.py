@@ -34,10 +34,12 @@ from bench_report import Report, machine
 from rich.table import Table
 
 from skipcat_edge.bandwidth import read_bandwidth
+from skipcat_edge.session import default_threads
 from skipcat_edge.synth_plan import Plan
 from skipcat_edge.terminal import new_progress, new_table
 
-TARGET, STOCK_TARGET, BANDWIDTH_TARGET = 0.97, 0.98, 0.85
+TARGET, BANDWIDTH_TARGET = 0.97, 0.85
+STOCK_TARGET = (0.98, 1.02)
 MEMORY_SLACK = 4 * 2**20
 """Bytes by which the same process differs from run to run."""
 NATIVE = ROOT / "build" / "native"
@@ -137,8 +139,11 @@ class Row:
         return self.speedup / self.ideal
 
     @property
-    def target(self) -> float:
-        return TARGET if self.subject.plan.low_rank else STOCK_TARGET
+    def met(self) -> bool:
+        """A low-rank file reaches its target; a dense one is as fast as in stock llama.cpp."""
+        if self.subject.plan.low_rank:
+            return self.efficiency >= TARGET
+        return STOCK_TARGET[0] <= self.speedup <= STOCK_TARGET[1]
 
     def cells(self) -> tuple[str, ...]:
         rates, model = self.subject.rates(self.test), self.subject.plan
@@ -148,7 +153,7 @@ class Row:
         if self.subject.kind == "stock":
             return (*first, *speed, "", "", "", "", "")
         return (*first, *speed, f"{self.ideal:.3f}", f"{self.speedup:.3f}", f"{self.efficiency:.3f}",
-                "met" if self.efficiency >= self.target else "not met", f"{self.over_own / self.ideal:.3f}")
+                "met" if self.met else "not met", f"{self.over_own / self.ideal:.3f}")
 
 
 HEADER = ("type", "ratio", "llama.cpp", "test", "tokens/s", "min", "max", "of bandwidth", "ideal", "speed-up",
@@ -206,17 +211,19 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
                  and str(row.test).startswith(kind)]
         if low_rank:
             efficiencies = [row.efficiency for row in low_rank]
-            met = sum(efficiency >= TARGET for efficiency in efficiencies)
+            met = sum(row.met for row in low_rank)
             yield (f"{kind.capitalize()}: efficiency {min(efficiencies):.3f} to {max(efficiencies):.3f}, "
-                   f"{statistics.geometric_mean(efficiencies):.3f} in the geometric mean; {met} of "
-                   f"{len(efficiencies)} cells reach {TARGET}. Speed-up over the dense file in the patched "
-                   "library, over the ideal: "
+                   f"{statistics.geometric_mean(efficiencies):.3f} in the geometric mean (target 1); "
+                   f"{met} of {len(efficiencies)} cells reach {TARGET}. Speed-up over the dense file in the "
+                   "patched library, over the ideal: "
                    f"{statistics.geometric_mean(row.over_own / row.ideal for row in low_rank):.3f} in the "
                    "geometric mean.")
         if dense:
             ratios = [row.speedup for row in dense]
             yield (f"Dense files, {kind}, patched over stock: {min(ratios):.3f} to {max(ratios):.3f}, "
-                   f"{statistics.geometric_mean(ratios):.3f} in the geometric mean.")
+                   f"{statistics.geometric_mean(ratios):.3f} in the geometric mean; "
+                   f"{sum(row.met for row in dense)} of {len(dense)} cells are within {STOCK_TARGET[0]} to "
+                   f"{STOCK_TARGET[1]}.")
     shares = [(row.share_of_bandwidth, row) for row in rows if row.share_of_bandwidth is not None]
     if shares:
         share, row = max(shares, key=lambda pair: pair[0])
@@ -233,7 +240,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 @click.option("--depths", default="0,2048", show_default=True, help="Tokens before the decoded ones.")
 @click.option("--gen-tokens", default=16, show_default=True)
 @click.option("--repetitions", default=10, show_default=True, help="Turns.")
-@click.option("--threads", default=2, show_default=True)
+@click.option("--threads", default=default_threads, show_default="one for each core")
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as Markdown.")

@@ -136,6 +136,8 @@ _start: ldr x1, [sp, 16]
 
 @pytest.mark.skipif(shutil.which(EMULATOR) is None, reason="sudo apt install qemu-user")
 def test_instructions_are_counted(tmp_path: Path) -> None:
+    if missing := missing_packages():
+        pytest.skip(f"sudo apt install {' '.join(missing)}")
     source, program = tmp_path / "loop.s", tmp_path / "loop"
     source.write_text(LOOP)
     compiler = ["aarch64-linux-gnu-gcc", "-nostdlib", "-static"]

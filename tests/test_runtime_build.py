@@ -69,6 +69,9 @@ def test_cmake_arguments_of_the_user_come_last(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SKIPCAT_EDGE_CMAKE_ARGS", "-DGGML_NATIVE=OFF '-DX=a b'")
     assert build.cmake_args()[-2:] == ["-DGGML_NATIVE=OFF", "-DX=a b"]
     assert "-DGGML_RPC=ON" in build.cmake_args()
+    monkeypatch.setenv("SKIPCAT_EDGE_CMAKE_ARGS", "-DX='a")
+    with pytest.raises(UserError, match="SKIPCAT_EDGE_CMAKE_ARGS"):
+        build.cmake_args()
 
 
 def fake_llama_cpp(monkeypatch: pytest.MonkeyPatch, version: str) -> None:

@@ -49,23 +49,24 @@ class Toolchain:
 class Driver:
     source: Path
     min_cases: int
-    emulated_one_of: int = 1
-    """How many cases there are to each one that is run by emulation, which is slow at threads."""
+    one_of: int = 1
+    """How many cases there are to each one that is run where threads are slow."""
 
 
+MUL_MAT = Driver(DRIVERS / "skip_mul_mat_sanitize.cpp", 20_000, 5)
 each_driver = pytest.mark.parametrize("driver", [
     pytest.param(Driver(DRIVERS / "skip_gather_sanitize.cpp", 50_000), id="skip_gather"),
-    pytest.param(Driver(DRIVERS / "skip_mul_mat_sanitize.cpp", 20_000, 5), id="skip_mul_mat"),
+    pytest.param(MUL_MAT, id="skip_mul_mat"),
 ])  # fmt: skip
 
 
-def check_kernels(driver: Driver, toolchain: Toolchain, directory: Path, path: str) -> None:
-    """Run the driver; it names the code path that it was compiled to, and how many cases it ran."""
+def check_kernels(driver: Driver, toolchain: Toolchain, directory: Path, path: str, one_of: int = 1) -> None:
+    """Run the driver; it names the code path that it was compiled to, and how many cases it ran: one of so
+    many."""
     ggml = stock_tree() / "vendor" / "llama.cpp" / "ggml"
     include = [patches_dir() / "overlay" / KERNELS, ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu"]
     flags = ("-std=c++17", "-O1", "-g", "-pthread", *(f"-I{folder}" for folder in include))
     complete = Toolchain((*toolchain.compile, *flags), toolchain.run)
-    one_of = driver.emulated_one_of if toolchain.run else 1
     arguments = [str(one_of)] if one_of > 1 else []
     try:
         result = complete.build_and_run(driver.source, directory / "driver", *arguments)
@@ -96,6 +97,15 @@ def test_natively(driver: Driver, path: str, flags: tuple[str, ...], here: bool,
     check_kernels(driver, toolchain, tmp_path, path)
 
 
+@pytest.mark.skipif(not X86, reason="the generic path is compiled on x86-64 only")
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    toolchain = Toolchain((compiler or "c++", "-fsanitize=thread"))
+    if not toolchain.works(tmp_path):
+        pytest.skip("there is no ThreadSanitizer")
+    check_kernels(MUL_MAT, toolchain, tmp_path, "generic", MUL_MAT.one_of)
+
+
 @pytest.mark.slow
 @each_driver
 def test_neon_by_emulation(driver: Driver, tmp_path: Path) -> None:
@@ -108,4 +118,4 @@ def test_neon_by_emulation(driver: Driver, tmp_path: Path) -> None:
     toolchain = Toolchain((compiler, *SANITIZE, "-static-libasan"), (emulator, "-L", str(root)))
     if not toolchain.works(tmp_path):
         toolchain = Toolchain((compiler, "-static"), (emulator,))
-    check_kernels(driver, toolchain, tmp_path, "neon")
+    check_kernels(driver, toolchain, tmp_path, "neon", driver.one_of)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gguf_edit import GGUF, Tensor
 from skipcat_edge.cli import main
 from skipcat_edge.format import field_value, parse_weight_name, read_owners
 from skipcat_edge.runtime import selftest
+from skipcat_edge.runtime.check import runtime_status
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -349,8 +351,12 @@ def break_function(library: Path, function: str, code: bytes) -> None:
     library.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["return", "SIGILL"])
-def test_a_broken_kernel_is_found(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GATHER, MUL_MAT = "ggml_compute_forward_skip_gather", "ggml_compute_forward_skip_mul_mat"
+
+
+@pytest.fixture
+def break_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Makes a kernel return at once, or die, in the library that the self-test runs."""
     from skipcat_edge.runtime.library import library_dir
 
     if sys.platform != "linux" or platform.machine() not in BROKEN:
@@ -360,13 +366,48 @@ def test_a_broken_kernel_is_found(how: str, tmp_path: Path, monkeypatch: pytest.
     library = libraries / "libggml-cpu.so"
     if not library.is_file():
         pytest.skip("the CPU backend is in variants")
-    break_function(library, "ggml_compute_forward_skip_gather", BROKEN[platform.machine()][how])
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(libraries))
+    return lambda kernel, how: break_function(library, kernel, BROKEN[platform.machine()][how])
+
+
+@pytest.mark.parametrize("how", ["return", "SIGILL"])
+@pytest.mark.parametrize(("kernel", "fused"), [(GATHER, "0"), (MUL_MAT, "1")])
+def test_a_broken_kernel_is_found(
+    kernel: str, fused: str, how: str, break_kernel: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_kernel(kernel, how)
+    monkeypatch.setenv("SKIPCAT_FUSED", fused)
     found = problems(run("--json"))
     assert list(found) == TYPES
     for name, problem in found.items():
         assert (f"crashed with {signal.SIGILL.name} while running a prompt in {name}" in problem
                 if how == "SIGILL" else f"{name} gives wrong logits" in problem)
+
+
+@pytest.mark.parametrize(("kernel", "fused"), [(GATHER, "1"), (MUL_MAT, "0")])
+def test_the_form_of_the_graph_can_be_forced(
+    kernel: str, fused: str, break_kernel: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_kernel(kernel, "SIGILL")
+    monkeypatch.setenv("SKIPCAT_FUSED", fused)
+    assert problems(run("--json")) == {}
+
+
+@pytest.mark.parametrize("fused", [None, "yes"])
+def test_the_form_of_the_graph_that_is_chosen(
+    fused: str | None, break_kernel: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fused is None:
+        monkeypatch.delenv("SKIPCAT_FUSED", raising=False)
+    else:
+        monkeypatch.setenv("SKIPCAT_FUSED", fused)
+    if "AVX2" not in runtime_status().cpu_features:
+        pytest.skip("other types are repacked")
+    break_kernel(GATHER, "return")  # prompts of types that are not repacked
+    assert list(problems(run("--json"))) == ["F16", "Q8_0"]
+    break_kernel(MUL_MAT, "return")  # decoding too, and repacked prompts
+    assert list(problems(run("--json"))) == TYPES
 
 
 def test_nothing_heavy_is_loaded() -> None:

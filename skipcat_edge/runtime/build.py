@@ -48,7 +48,10 @@ def cmake_args(own: Sequence[str] = ()) -> list[str]:
     ]
     if ccache := find_tool("ccache"):
         args += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("C", "CXX")]
-    return [*args, *own, *shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))]
+    try:
+        return [*args, *own, *shlex.split(os.environ.get("SKIPCAT_EDGE_CMAKE_ARGS", ""))]
+    except ValueError as error:
+        raise UserError(f"SKIPCAT_EDGE_CMAKE_ARGS is no shell words ({error}); mend its quotes.") from None
 
 
 def build_env(tree: Path, target: Target | None = None) -> dict[str, str]:

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -305,9 +306,12 @@ static bool use_fused(const ggml_tensor * t, const ggml_tensor * x) {
     if (buft == nullptr || (!repacked && !ggml_backend_buft_is_host(buft))) {
         return false;
     }
-    const char * forced = getenv("SKIPCAT_FUSED");
-    if (forced != nullptr && (strcmp(forced, "0") == 0 || strcmp(forced, "1") == 0)) {
-        return forced[0] == '1';
+    if (const char * forced = getenv("SKIPCAT_FUSED")) {
+        if (strcmp(forced, "0") == 0 || strcmp(forced, "1") == 0) {
+            return forced[0] == '1';
+        }
+        static std::once_flag warned;
+        std::call_once(warned, [&] { LLAMA_LOG_WARN("SKIPCAT_FUSED is '%s'; only 0 and 1 mean something\n", forced); });
     }
     return repacked || ggml_nrows(x) == 1;
 }

@@ -9,13 +9,10 @@ void ggml_compute_forward_skip_gather(const ggml_compute_params * params, ggml_t
     const ggml_tensor * x    = dst->src[0]; // [n, n1, n2, n3]
     const ggml_tensor * mask = dst->src[1]; // [(n + 31)/32]
 
-    GGML_TENSOR_LOCALS(int64_t, ne, x, ne)
-    GGML_TENSOR_LOCALS(size_t,  nb, x, nb)
-
-    const int64_t n      = ne0;
+    const int64_t n      = x->ne[0];
     const int64_t rank   = ggml_get_op_params_i32(dst, 0);
     const int64_t n_rest = n - rank;
-    const int64_t n_rows = ne1*ne2*ne3;
+    const int64_t n_rows = x->ne[1]*x->ne[2]*x->ne[3];
 
     // the graph may come from elsewhere (RPC)
     GGML_ASSERT(rank > 0 && rank < n);
@@ -31,11 +28,7 @@ void ggml_compute_forward_skip_gather(const ggml_compute_params * params, ggml_t
     const int64_t row_end    = std::min(n_rows, row_begin + per_thread);
 
     for (int64_t row = row_begin; row < row_end; row++) {
-        const int64_t i1 = row % ne1;
-        const int64_t i2 = row / ne1 % ne2;
-        const int64_t i3 = row / (ne1*ne2);
-
-        const float * x_row = (const float *) ((const char *) x->data + i1*nb1 + i2*nb2 + i3*nb3);
+        const float * x_row = row_of(x, row);
 
         half_row skip = { skip_data + row*rank,   rank   };
         half_row rest = { rest_data + row*n_rest, n_rest };

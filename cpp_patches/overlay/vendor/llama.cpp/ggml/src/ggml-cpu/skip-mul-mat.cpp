@@ -62,8 +62,9 @@ struct skip_call {
             GGML_ASSERT(repacked != nullptr);
             row_type = repacked->row_type();
         } else {
-            // the tiled kernels, of many rows, pack them in a way of their own
-            row_type = n_rows > 1 && tiled_size(1) > 0 ? GGML_TYPE_F32 : ggml_get_type_traits_cpu(t->type)->vec_dot_type;
+            // of many rows, the tiled kernels pack them in a way of their own, and some of F16 weights take F32
+            const bool as_f32 = n_rows > 1 && (t->type == GGML_TYPE_F16 || tiled_size(1) > 0);
+            row_type = as_f32 ? GGML_TYPE_F32 : ggml_get_type_traits_cpu(t->type)->vec_dot_type;
         }
     }
 
@@ -99,13 +100,6 @@ struct skip_call {
         return GGML_PAD(ggml_row_size(vec_dot_type, n_rest)*n_rows, 64) + tiled_size(n_threads) + 64;
     }
 
-    const float * row(int64_t i) const {
-        const int64_t i1 = i % x->ne[1];
-        const int64_t i2 = i / x->ne[1] % x->ne[2];
-        const int64_t i3 = i / (x->ne[1]*x->ne[2]);
-        return (const float *) ((const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + i3*x->nb[3]);
-    }
-
     // rows of T that are multiplied together: AVX-512 takes 16 for many rows of x, and is slower for what is left over
     int64_t unit() const {
         const int64_t n_cols = repacked ? repacked->n_cols() : 1;
@@ -125,9 +119,9 @@ static void split(const skip_call & call, int64_t i, float * x_rest, float * x_s
     half_row skip = { x_skip, call.rank };
     half_row rest = { x_rest, call.n_rest };
     if (call.use_ref) {
-        split_scalar(call.row(i), call.words(), 0, call.n, skip, rest);
+        split_scalar(row_of(call.x, i), call.words(), 0, call.n, skip, rest);
     } else {
-        split_row(call.row(i), call.words(), call.n, skip, rest);
+        split_row(row_of(call.x, i), call.words(), call.n, skip, rest);
     }
 }
 

@@ -3,6 +3,8 @@
 // The inputs of one row, split by the skip mask: what SKIP_GATHER and SKIP_MUL_MAT share.
 // The scalar path is the definition and the tail of the others.
 
+#include "ggml.h"
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -12,6 +14,14 @@
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+
+// row i of x: [n, n1, n2, n3]
+static const float * row_of(const ggml_tensor * x, int64_t i) {
+    const int64_t i1 = i % x->ne[1];
+    const int64_t i2 = i / x->ne[1] % x->ne[2];
+    const int64_t i3 = i / (x->ne[1]*x->ne[2]);
+    return (const float *) ((const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + i3*x->nb[3]);
+}
 
 // one half of a row while it is filled; a mask with too many bits cannot write past the end
 struct half_row {
