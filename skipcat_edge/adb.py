@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipcat_edge.bench import PhoneConditions, Result, Spread
+from skipcat_edge.bench import Result, Spread, steadiness
+from skipcat_edge.conditions import Conditions
 from skipcat_edge.device import Device, load_device
 from skipcat_edge.errors import UserError
 from skipcat_edge.gguf_file import require_gguf
 from skipcat_edge.session import model_info
 from skipcat_edge.terminal import decimal_bytes
+from skipcat_edge.thermal import hottest_cpu
 
 FOLDER = "/data/local/tmp/skipcat-edge"
 TOOL = "llama-bench"
@@ -46,8 +48,6 @@ _CAUSES = (
 
 _ZONES = ("for zone in /sys/class/thermal/thermal_zone*; do "
           'echo "$(cat $zone/type 2>/dev/null) $(cat $zone/temp 2>/dev/null)"; done')
-# Tensor and Exynos name the zones for their clusters, Qualcomm cpu-0-0 and so on, MediaTek mtktscpu.
-_CPU_ZONE = re.compile(r"(?i)cpu|^(big|mid|little)\d*$")
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,8 @@ class Adb:
 
     def celsius(self) -> float | None:
         """Temperature of the hottest CPU zone in °C; None where the phone shows none."""
-        hottest = None
-        for line in self.shell(_ZONES).out.splitlines():
-            zone, _, value = line.strip().rpartition(" ")
-            if _CPU_ZONE.search(zone) and re.fullmatch(r"-?\d+", value):
-                degrees = int(value) / 1000  # the kernel's documented unit; some old drivers have another
-                if 1 < degrees < 150:
-                    hottest = degrees if hottest is None else max(hottest, degrees)
-        return hottest
+        lines = (line.strip().rpartition(" ") for line in self.shell(_ZONES).out.splitlines())
+        return hottest_cpu((zone, value) for zone, _, value in lines)
 
     def _run(self, *arguments: str) -> Answer:
         # adb shell would otherwise read what belongs to us
@@ -229,8 +223,15 @@ def bench_adb(files: Sequence[str], *, prompt_tokens: int, gen_tokens: int, repe
                 raise _failure(file, answer, tools)
             measured.append(_speeds(file, answer.out, device))
     after = adb.celsius()
-    return [_result(file, threads, cpus, measured, before, after)
-            for file, measured in zip(files, speeds, strict=True)]
+    around = Conditions(tuple(cpus), None, before, after, ())
+    return [
+        Result(file, threads, prompt_tokens, gen_tokens, repetitions, Spread.of(prompts),
+               Spread.of(decodes) if decodes else None, around, steadiness(prompts, decodes),
+               Path(file).stat().st_size)
+        for file, measured in zip(files, speeds, strict=True)
+        for prompts, decodes in [([prompt for prompt, _ in measured],
+                                  [decode for _, decode in measured if decode is not None])]
+    ]
 
 
 def _copies(tool: Path, models: Sequence[Path]) -> list[Copy]:
@@ -294,16 +295,3 @@ def _failure(file: str, answer: Answer, tools: Path) -> UserError:
                          "or take a smaller model.")
     return UserError(f"{file}: {TOOL} failed on the phone with exit code {answer.code}{answer.last_line}; "
                      "`skipcat-edge bench` without --adb shows whether the file is sound.")
-
-
-def _result(file: str, threads: int, cpus: Sequence[int], measured: Sequence[tuple[float, float | None]],
-            before: float | None, after: float | None) -> Result:
-    prompts = [prompt for prompt, _ in measured]
-    decodes = [decode for _, decode in measured if decode is not None]
-    conditions = PhoneConditions(
-        cpus=tuple(cpus), celsius_before=before, celsius_after=after,
-        prompt_last_to_first=prompts[-1] / prompts[0],
-        decode_last_to_first=decodes[-1] / decodes[0] if decodes else None,
-    )
-    return Result(file, Spread.of(prompts), Spread.of(decodes) if decodes else None, None, None, threads,
-                  conditions)

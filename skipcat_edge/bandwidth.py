@@ -39,3 +39,11 @@ def read_bandwidth(threads: int, bytes_per_thread: int = _BYTES_PER_THREAD, pass
         for worker in workers:
             worker.join()
     return best
+
+
+def affordable_bandwidth(threads: int) -> float:
+    """`read_bandwidth` with no more than a quarter of the memory that is free."""
+    import psutil
+
+    share = psutil.virtual_memory().available // 4 // threads
+    return read_bandwidth(threads, min(_BYTES_PER_THREAD, share))

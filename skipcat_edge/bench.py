@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skipcat_edge.bench_process import BenchProcess
 from skipcat_edge.bench_worker import Job
-from skipcat_edge.errors import UserError
+from skipcat_edge.conditions import Conditions, conditions, look
 from skipcat_edge.gguf_file import require_gguf
+from skipcat_edge.traffic import weight_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -34,135 +31,134 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class PhoneConditions:
-    """What a measurement on a phone depends on besides the file. Temperatures are those of the hottest CPU
-    zone in °C, around the repetitions of all files, None where the phone does not tell."""
-
-    cpus: tuple[int, ...]
-    """The CPUs that the threads were pinned to; empty for all."""
-    celsius_before: float | None
-    celsius_after: float | None
-    prompt_last_to_first: float
-    """Speed of the last repetition over that of the first: below 1 where the phone throttles."""
-    decode_last_to_first: float | None
-
-
-@dataclass(frozen=True)
 class Result:
-    """One file's measurements; speeds in tokens per second."""
+    """One file's measurements with one number of threads; speeds in tokens per second."""
 
     file: str
+    threads: int
+    prompt_tokens: int
+    gen_tokens: int
+    repetitions: int
     prompt_tps: Spread
     decode_tps: Spread | None
     """None for a model without a decoder."""
-    load_s: float | None
-    """None for a phone, whose llama-bench does not tell; so is the memory."""
-    peak_rss_bytes: int | None
-    """Resident memory at its highest, of a fresh process that measured only this file; Python and
-    the library are about 60 MB of it."""
-    threads: int
-    phone: PhoneConditions | None = None
-    """None for this machine."""
+    conditions: Conditions
+    steadiness: float
+    """Speed of the last repetition over that of the first, the lower one of prompt and decoding: below 1
+    where the machine slows down."""
+    file_bytes: int
+    load_s: float | None = None
+    """Seconds from nothing to ready, the page cache as it was. None for a phone, whose llama-bench does not
+    tell; so are all below."""
+    peak_rss_bytes: int | None = None
+    """Resident memory at its highest, of a fresh process that measured only this file; Python and the library
+    are about 60 MB of it."""
+    buffers: dict[str, int] = field(default_factory=dict)
+    """Bytes that llama.cpp allocated, by purpose and place; the mapped file is among them."""
+    bytes_per_token: float | None = None
+    """Weights, and on average keys and values, that decoding a token reads."""
+    read_bandwidth: float | None = None
+    """Bytes per second that as many threads read from this machine's memory."""
+
+    @property
+    def first_token_s(self) -> Spread:
+        """Time to first token: seconds from a prompt of `prompt_tokens` to the logits of what follows."""
+        tps = self.prompt_tps
+        return Spread(*(self.prompt_tokens / speed for speed in (tps.median, tps.max, tps.min)))
+
+    @property
+    def allocated_bytes(self) -> int | None:
+        """Sum of `buffers`."""
+        return sum(self.buffers.values()) if self.buffers else None
+
+    @property
+    def achieved_bandwidth(self) -> float | None:
+        """Bytes per second that decoding reads."""
+        if self.bytes_per_token is None or self.decode_tps is None:
+            return None
+        return self.bytes_per_token * self.decode_tps.median
 
     def to_json(self) -> dict[str, Any]:
-        """The fields above as plain values; `phone` only where there is one."""
-        values = asdict(self)
-        if self.phone is None:
-            del values["phone"]
-        return values
+        """The fields and properties above as plain values."""
+        derived = ("first_token_s", "allocated_bytes", "achieved_bandwidth")
+        values = {name: getattr(self, name) for name in derived}
+        return {**asdict(self), **values, "first_token_s": asdict(self.first_token_s)}
 
 
-class Worker:
-    """A process that has one file loaded and measures when told to."""
-
-    def __init__(self, job: Job) -> None:
-        """Start loading. Raises UserError if the file cannot be loaded."""
-        self._job = job
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (stop)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "skipcat_edge.bench_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",
-        )
-        try:
-            self.load_s = float(self._ask(json.dumps(asdict(job)))["load_s"])
-        except BaseException:
-            self.stop()
-            raise
-        self._seconds: list[dict[str, float | None]] = []
-
-    def measure(self, keep: bool = True) -> None:
-        """Measure once; a warm-up is not kept. Raises UserError if the process fails."""
-        seconds = self._ask('"measure"')
-        if keep:
-            self._seconds.append(seconds)
-
-    def finish(self) -> Result:
-        """End the process and sum up. Raises UserError if the process fails."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        peak = int(self._answer()["peak_rss_bytes"])
-        job = self._job
-        prompts = [job.prompt_tokens / s for row in self._seconds if (s := row["prompt_s"])]
-        decodes = [job.gen_tokens / s for row in self._seconds if (s := row["decode_s"])]
-        decode = Spread.of(decodes) if decodes else None
-        return Result(job.file, Spread.of(prompts), decode, self.load_s, peak, job.threads)
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                with suppress(BrokenPipeError):  # a line the process did not live to read
-                    stream.close()
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer, or its absence, tells why
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(self._how_it_died())
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer
-
-    def _how_it_died(self) -> str:
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        hint = "free some memory" if code == -signal.SIGKILL else "see `skipcat-edge runtime check`"
-        last = f" ({lines[-1]})" if lines else ""
-        return f"{self._job.file}: the process that measured it ended with {how}{last}; {hint}."
+def steadiness(*speeds: Sequence[float]) -> float:
+    """Of some series of speeds, the least of last over first."""
+    return min(series[-1] / series[0] for series in speeds if series)
 
 
-def bench(files: Sequence[str], *, prompt_tokens: int, gen_tokens: int, threads: int, repetitions: int,
+def bench(files: Sequence[str], *, prompt_tokens: int, gen_tokens: int, threads: Sequence[int],
+          repetitions: int, bandwidth: Callable[[int], float] | None = None,
           advance: Callable[[str], None] = lambda _: None) -> list[Result]:
-    """Measure `files`, one process each, one repetition of each in turn, after a warm-up of each.
+    """Measure `files` with each number of `threads`, one process each, one repetition of each in turn, after
+    a warm-up of each.
 
-    Turns spread the machine's moods evenly, so that files can be compared. `advance` hears the
-    file before each of the (repetitions + 1) * len(files) steps. Prompt: `prompt_tokens` random
-    tokens in one batch; decode: `gen_tokens` tokens one by one; both from an empty cache.
+    Turns spread the machine's moods evenly, so that files can be compared. `advance` hears the file before
+    each of the `steps` steps. Prompt: `prompt_tokens` random tokens in one batch; decode: `gen_tokens` tokens
+    one by one; both from an empty cache. `bandwidth`: tells the bytes per second that a number of threads
+    read from memory, and is asked before the files are loaded.
 
-    Raises UserError if a file cannot be loaded or a process fails.
+    Returns a result for each file and number of threads, files first. Raises UserError if a file cannot be
+    loaded or a process fails.
     """
     for file in files:
         require_gguf(Path(file))
+    read_bandwidths = {count: bandwidth(count) for count in threads} if bandwidth else {}
     with ExitStack() as stack:
-        workers: list[Worker] = []
+        subjects: list[_Subject] = []
         for file in files:
-            worker = Worker(Job(file, prompt_tokens, gen_tokens, threads))
-            stack.callback(worker.stop)
-            workers.append(worker)
+            process = BenchProcess(Job(file, prompt_tokens, gen_tokens, max(threads)))
+            stack.callback(process.stop)
+            subjects.append(_Subject(file, process))
+        before = look()
         for repetition in range(repetitions + 1):
-            for file, worker in zip(files, workers, strict=True):
-                advance(file)
-                worker.measure(keep=repetition > 0)
-        return [worker.finish() for worker in workers]
+            for count in threads if repetition else threads[:1]:
+                for subject in subjects:
+                    advance(subject.file)
+                    seconds = subject.process.measure(count)
+                    if repetition:  # else a warm-up
+                        subject.seconds.setdefault(count, []).append(seconds)
+        around = conditions(before, look())
+        return [result for subject in subjects for result in _results(
+            subject, prompt_tokens, gen_tokens, around, read_bandwidths)]
+
+
+@dataclass
+class _Subject:
+    file: str
+    process: BenchProcess
+    seconds: dict[int, list[dict[str, float | None]]] = field(default_factory=dict)
+    """By number of threads, one for each repetition."""
+
+
+def _results(subject: _Subject, prompt_tokens: int, gen_tokens: int, around: Conditions,
+             read_bandwidths: Mapping[int, float]) -> Iterator[Result]:
+    """Ends the process, and sums up."""
+    peak, process, path = subject.process.finish(), subject.process, Path(subject.file)
+    kv_bytes = sum(size for name, size in process.buffers.items() if name.startswith("KV "))
+    for threads, rows in subject.seconds.items():
+        prompts = [prompt_tokens / s for row in rows if (s := row["prompt_s"])]
+        decodes = [gen_tokens / s for row in rows if (s := row["decode_s"])]
+        read = weight_bytes_per_token(path) + kv_bytes / process.context * (gen_tokens + 1) / 2
+        yield Result(
+            file=subject.file, threads=threads, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens,
+            repetitions=len(rows), prompt_tps=Spread.of(prompts),
+            decode_tps=Spread.of(decodes) if decodes else None, conditions=around,
+            steadiness=steadiness(prompts, decodes), file_bytes=path.stat().st_size, load_s=process.load_s,
+            peak_rss_bytes=peak, buffers=process.buffers, bytes_per_token=read if decodes else None,
+            read_bandwidth=read_bandwidths.get(threads),
+        )
+
+
+def steps(files: int, threads: int, repetitions: int) -> int:
+    """How often `bench` tells that it advances."""
+    return files * (1 + threads * repetitions)
+
+
+def sweep(cores: int) -> list[int]:
+    """Numbers of threads to try on a machine: few, and that of its cores."""
+    tried = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if count < cores]
+    return [*tried, cores]

@@ -4,8 +4,8 @@ Run as `python -m skipcat_edge.bench_worker`; JSON objects, one on each line. Th
 is a `Job`; each further line asks for one measurement, and the end of the input for the memory:
 
     -> {"file": ..., "prompt_tokens": ..., "gen_tokens": ..., "threads": ...}
-    <- {"load_s": ...}
-    -> "measure"
+    <- {"load_s": ..., "buffers": bytes by name, "context": tokens}
+    -> {"threads": ...}
     <- {"prompt_s": ..., "decode_s": ... or null}
     -> end of input
     <- {"peak_rss_bytes": ...}
@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from skipcat_edge.decoding import time_batches
 from skipcat_edge.errors import UserError
+from skipcat_edge.llama_log import keep_log
 from skipcat_edge.session import BATCH, import_llama_cpp, model_info, open_embedding, open_model
 
 
@@ -38,6 +39,7 @@ class Job:
     prompt_tokens: int
     gen_tokens: int
     threads: int
+    """Of the loading, and the most that a measurement asks for."""
 
 
 class Measurer:
@@ -59,6 +61,8 @@ class Measurer:
             else open_model(Path(job.file), context=context, batch=max(BATCH, context), threads=job.threads)
         )
         self.load_s = time.perf_counter() - started
+        self.buffers = dict(keep_log().buffers)
+        self.context = int(self._llama.n_ctx())
         draw = random.Random(0)
         vocabulary = self._llama.n_vocab()
         self._prompt = [draw.randrange(vocabulary) for _ in range(job.prompt_tokens)]
@@ -66,8 +70,9 @@ class Measurer:
         if not info.embedding:
             self._decode = [[draw.randrange(vocabulary)] for _ in range(job.gen_tokens)]
 
-    def measure(self) -> dict[str, float | None]:
+    def measure(self, threads: int) -> dict[str, float | None]:
         """Seconds of one prompt in one batch, and of tokens one by one, each from an empty cache."""
+        import_llama_cpp().llama_set_n_threads(self._llama.ctx, threads, threads)
         return {
             "prompt_s": time_batches(self._llama, [self._prompt]),
             "decode_s": None if self._decode is None else time_batches(self._llama, self._decode),
@@ -97,9 +102,9 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
     try:
         measurer = Measurer(Job(**json.loads(requests.readline())))
-        answer({"load_s": measurer.load_s})
-        for _ in requests:
-            answer(measurer.measure())
+        answer({"load_s": measurer.load_s, "buffers": measurer.buffers, "context": measurer.context})
+        for line in requests:
+            answer(measurer.measure(**json.loads(line)))
     except UserError as error:
         answer({"error": error.message})
     else:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-from collections import deque
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,11 @@ from skipcat_edge.cores import usable_cores
 from skipcat_edge.errors import UserError
 from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
 from skipcat_edge.gguf_file import open_gguf, require_gguf
+from skipcat_edge.llama_log import keep_log
 from skipcat_edge.runtime.check import BUILD_COMMAND
 
 BATCH = 512
 _CONTEXT_STEP = 256  # llama.cpp rounds contexts up to this
-
-_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; llama_cpp does not name them
-_FUNCTION = re.compile(r"^(\w+: )+")
-_UNINFORMATIVE = re.compile(r"(failed to load model|^failed to initialize the context$)")
-
-_CALLBACKS: list[Any] = []  # llama.cpp keeps no reference of its own
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ def import_llama_cpp() -> Any:
         raise UserError(f"{missing} is not installed; run `{BUILD_COMMAND}`.") from None
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise UserError(f"llama_cpp does not load ({error}); run `{BUILD_COMMAND}`.") from None
-    _keep_log()
+    keep_log()
     return llama_cpp
 
 
@@ -102,8 +94,8 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
     """
     require_gguf(path)
     llama_cpp = import_llama_cpp()
-    errors = _keep_log()
-    errors.clear()
+    log = keep_log()
+    log.clear()
     threads = threads or default_threads()
     try:
         llama = llama_cpp.Llama(
@@ -117,7 +109,7 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
     except Exception as error:
         if type(error).__module__.startswith("jinja2"):
             raise UserError(f"{path}: its chat template is broken ({error}); convert it again.") from None
-        raise _load_error(path, context, str(error), errors, llama_cpp) from None
+        raise _load_error(path, context, str(error), log.reason(), llama_cpp) from None
     if llama_cpp.llama_model_has_encoder(llama.model):
         raise UserError(f"{path} is an encoder-decoder model; only decoders and encoders are supported.")
     return llama
@@ -138,12 +130,12 @@ def open_embedding(path: Path, context: int, threads: int | None = None) -> Any:
 
 def decode_error(raised: str) -> UserError:
     """The error for a llama_decode that failed, with llama.cpp's reason or else `raised`."""
-    reason = _reason(_keep_log()) or raised
+    reason = keep_log().reason() or raised
     return UserError(f"llama.cpp could not compute a batch: {reason}; free memory or use a smaller context.")
 
 
-def _load_error(path: Path, context: int, raised: str, errors: deque[str], llama_cpp: Any) -> UserError:
-    reason = _reason(errors) or raised.rstrip(".")
+def _load_error(path: Path, context: int, raised: str, said: str, llama_cpp: Any) -> UserError:
+    reason = said or raised.rstrip(".")
     unknown = re.search(rf"unknown model architecture: '({ARCHITECTURE_PREFIX}[^']*)'", reason)
     if unknown:
         return UserError(
@@ -161,37 +153,3 @@ def _load_error(path: Path, context: int, raised: str, errors: deque[str], llama
             f"{path}: a context of {context} tokens cannot be created: {reason}; use a smaller one."
         )
     return UserError(f"{path} cannot be loaded: {reason}; convert or copy it again.")
-
-
-def _reason(errors: deque[str]) -> str:
-    """llama.cpp's error lines as part of a sentence, without its function names."""
-    reasons: list[str] = []
-    for line in errors:
-        text = _FUNCTION.sub("", _FUNCTION.sub("", line.strip()).removeprefix("error loading model: "))
-        text = " ".join(text.rstrip(".").split())
-        if text and text not in reasons:
-            reasons.append(text)
-    return "; ".join([text for text in reasons if not _UNINFORMATIVE.search(text)] or reasons[:1])
-
-
-@lru_cache(maxsize=1)
-def _keep_log() -> deque[str]:
-    """Send llama.cpp's log to us; the deque holds its last error lines."""
-    import llama_cpp
-
-    errors: deque[str] = deque(maxlen=8)
-    last_level = 0
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-        nonlocal last_level
-        line = text.decode("utf-8", errors="replace")
-        if level == _LOG_ERROR:
-            errors.append(line)
-        elif level == _LOG_CONTINUED and last_level == _LOG_ERROR and errors:
-            errors[-1] += line
-        last_level = last_level if level == _LOG_CONTINUED else level
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
-    _CALLBACKS.append(log)
-    return errors

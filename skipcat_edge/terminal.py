@@ -29,6 +29,19 @@ def new_table(*columns: str, left: int = 1) -> Table:
     return table
 
 
+def as_markdown(table: Table) -> str:
+    """What `new_table` made, as Markdown."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+
+    table.box, table.show_edge, table.pad_edge, table.padding = box.MARKDOWN, True, True, (0, 1)
+    out = io.StringIO()
+    Console(file=out, highlight=False, width=1000).print(table)
+    return "\n".join(line.strip() for line in out.getvalue().splitlines() if line.strip())
+
+
 def new_progress() -> Progress:
     """A progress display on stderr, silent where stderr is not a terminal."""
     from rich.console import Console

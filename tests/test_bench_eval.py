@@ -235,16 +235,19 @@ def test_eval_refuses(options: list[str], part: str, demo_dense_gguf: Path, stor
 @pytest.mark.runtime
 def test_bench_json(demo_dense_gguf: Path) -> None:
     found = run_json("bench", demo_dense_gguf, demo_dense_gguf, "--prompt-tokens", "16", "--gen-tokens", "4",
-                     "--repetitions", "3")
+                     "--repetitions", "3", "--no-bandwidth")
     assert len(found) == 2
-    for entry in found:
-        assert set(entry) == {"file", "prompt_tps", "decode_tps", "load_s", "peak_rss_bytes", "threads"}
-        assert (entry["file"], entry["threads"]) == (str(demo_dense_gguf), 1)
-        for speed in (entry["prompt_tps"], entry["decode_tps"]):
-            assert set(speed) == {"median", "min", "max"}
-            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
-        assert entry["load_s"] > 0
-        assert entry["peak_rss_bytes"] > demo_dense_gguf.stat().st_size
+    size = demo_dense_gguf.stat().st_size
+    for row in found:
+        assert (row["file"], row["file_bytes"], row["threads"]) == (str(demo_dense_gguf), size, 1)
+        for speed in ("prompt_tps", "decode_tps", "first_token_s"):
+            assert 0 < row[f"{speed}_min"] <= row[speed] <= row[f"{speed}_max"]
+        assert row["first_token_s"] * row["prompt_tps"] == pytest.approx(16)
+        assert row["load_s"] > 0 and row["peak_rss_bytes"] > size
+        assert row["allocated_bytes"] == sum(row["buffers"].values()) > size - 2**20
+        # one that is mapped, and one that is read for each token with its tied head
+        assert 0.95 * size < row["bytes_per_token"] < 1.05 * size
+        assert row["achieved_bandwidth"] == pytest.approx(row["bytes_per_token"] * row["decode_tps"])
 
 
 @pytest.mark.runtime
@@ -254,7 +257,7 @@ def test_bench_takes_turns_after_a_warm_up(demo_dense_gguf: Path, tmp_path: Path
     files = [str(demo_dense_gguf), str(other)]
     turns: list[str] = []
     started = time.perf_counter()
-    results = bench(files, prompt_tokens=8, gen_tokens=8, threads=1, repetitions=2, advance=turns.append)
+    results = bench(files, prompt_tokens=8, gen_tokens=8, threads=[1], repetitions=2, advance=turns.append)
     elapsed = time.perf_counter() - started
     assert turns == files * 3
     # A speed is tokens over seconds, so no kept repetition can have taken longer than everything.
@@ -266,7 +269,8 @@ def test_bench_takes_turns_after_a_warm_up(demo_dense_gguf: Path, tmp_path: Path
 @pytest.mark.runtime
 def test_peak_memory_is_the_workers_own(demo_dense_gguf: Path) -> None:
     ballast = np.ones(30_000_000)
-    (result,) = bench([str(demo_dense_gguf)], prompt_tokens=8, gen_tokens=2, threads=1, repetitions=1)
+    (result,) = bench([str(demo_dense_gguf)], prompt_tokens=8, gen_tokens=2, threads=[1],
+                      repetitions=1)
     assert result.peak_rss_bytes < ballast.nbytes
 
 
@@ -288,23 +292,23 @@ def test_bench_refuses_more_tokens_than_the_context(demo_dense_gguf: Path) -> No
 
 @pytest.mark.runtime
 def test_a_worker_that_dies_is_one_sentence(demo_dense_gguf: Path) -> None:
-    from skipcat_edge.bench import Worker
+    from skipcat_edge.bench_process import BenchProcess
     from skipcat_edge.bench_worker import Job
 
-    worker = Worker(Job(str(demo_dense_gguf), 8, 2, 1))
+    process = BenchProcess(Job(str(demo_dense_gguf), 8, 2, 1))
     try:
-        worker._process.kill()
+        process._process.kill()
         with pytest.raises(UserError, match="SIGKILL"):
-            worker.measure()
+            process.measure(1)
     finally:
-        worker.stop()
+        process.stop()
 
 
 @pytest.mark.runtime
 def test_worker_output_is_only_answers(demo_dense_gguf: Path) -> None:
     job = {"file": str(demo_dense_gguf), "prompt_tokens": 8, "gen_tokens": 2, "threads": 1}
     done = subprocess.run(
-        [sys.executable, "-m", "skipcat_edge.bench_worker"], input=json.dumps(job) + '\n"measure"\n',
+        [sys.executable, "-m", "skipcat_edge.bench_worker"], input=f'{json.dumps(job)}\n{{"threads": 1}}\n',
         capture_output=True, text=True, check=True, env=dict(os.environ),
     )
     load, seconds, memory = [json.loads(line) for line in done.stdout.splitlines()]

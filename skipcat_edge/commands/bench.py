@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,28 @@ import click
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
-    from skipcat_edge.bench import Result, Spread
+    from skipcat_edge.bench import Result
+    from skipcat_edge.bench_rows import Row, Setting
+    from skipcat_edge.device import Device
 
-_STEADY = 0.9  # of the first repetition's speed: less is reported
+
+class _Threads(click.ParamType[list[int]]):
+    """`auto`, or numbers separated by commas; an empty list for `auto`."""
+
+    name = "N[,N...]|auto"
+
+    def convert(self, value: str | list[int], param: click.Parameter | None,
+                ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        if value == "auto":
+            return []
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is neither auto nor numbers from 1 on, separated by commas.", param, ctx)
+        return list(dict.fromkeys(map(int, parts)))
 
 
 @click.command(short_help="Measure prompt and decode speed, load time and memory.")
@@ -25,40 +42,51 @@ _STEADY = 0.9  # of the first repetition's speed: less is reported
               help="Tokens of the prompt, one batch.")
 @click.option("--gen-tokens", default=64, show_default=True, type=click.IntRange(min=1),
               help="Tokens decoded one by one.")
-@click.option("--threads", type=click.IntRange(min=1),
-              help="Default: one for each physical core; with --device, what suits it.")
+@click.option("--threads", type=_Threads(),
+              help="Several are compared; `auto` tries numbers up to that of the cores.  [default: one for "
+                   "each physical core; with --device, what suits it]")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option("--json", "as_json", is_flag=True, help="Print a list with one object per file.")
+@click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
+              help="Also measure how fast the threads read memory, which takes a few seconds.")
+@click.option("--output", type=click.Choice(("md", "csv", "json", "jsonl")),
+              help="Print this instead of a table; json, jsonl and csv hold all figures, versions and flags.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --output json.")
+@click.option("--against", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Compare with what an earlier --output json or jsonl wrote.")
+@click.option("--device", help="The preset of what is measured, for its threads and their CPUs "
+                               "(`skipcat-edge devices` lists them).")
 @click.option("--adb", is_flag=True, help="Measure on the phone that adb sees, with the tools of "
                                           "`skipcat-edge runtime phone`.")
-@click.option("--device", help="With --adb: the phone's name, for its threads and their CPUs "
-                               "(`skipcat-edge devices` lists them).")
 @click.option("--serial", help="With --adb: which phone, of those that `adb devices` lists.")
 @click.option("--phone-tools", type=click.Path(file_okay=False, path_type=Path),
               help="With --adb: the folder with llama-bench.  [default: build/phone/DEVICE]")
-def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads: int | None,
-            repetitions: int, as_json: bool, adb: bool, device: str | None, serial: str | None,
-            phone_tools: Path | None) -> None:
-    """Measure FILEs side by side: tokens per second, load time and peak memory.
+def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads: list[int] | None,
+            repetitions: int, bandwidth: bool, output: str | None, as_json: bool, against: Path | None,
+            device: str | None, adb: bool, serial: str | None, phone_tools: Path | None) -> None:
+    """Measure FILEs side by side: tokens per second, time to first token, load time and memory.
 
     Each file has a fresh process; they take turns, so that several files share the machine's
     good and bad moments. Speeds are medians with the slowest and the fastest repetition, and
-    "x" is the speed over that of the first file.
+    "x" is the speed over that of the first line. GB/s is what decoding reads.
 
     With --adb all this happens on a phone. It keeps the files, in /data/local/tmp/skipcat-edge, and
     tells neither load time nor memory, but its temperature.
+
+    Example: skipcat-edge bench dense.gguf skipcat.gguf --threads auto
     """
+    from skipcat_edge.bench_rows import read_rows
     from skipcat_edge.terminal import new_progress
 
+    earlier = None if against is None else read_rows(against)
     if adb:
-        measure = _on_phone(device, threads, serial, phone_tools)
-    elif device or serial or phone_tools:
-        raise UserError("--device, --serial and --phone-tools are about a phone; add --adb.")
+        measure, steps, setting = _on_phone(device, threads, serial, phone_tools)
+    elif serial or phone_tools:
+        raise UserError("--serial and --phone-tools are about a phone; add --adb.")
     else:
-        measure = _here(threads)
+        measure, steps, setting = _here(device, threads, bandwidth)
 
     with new_progress() as progress:
-        task = progress.add_task("loading", total=(repetitions + 1) * len(files))
+        task = progress.add_task("loading", total=steps(len(files), repetitions))
         started = False
 
         def advance(file: str) -> None:
@@ -68,88 +96,85 @@ def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads
 
         results = measure(files, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repetitions=repetitions,
                           advance=advance)
-    if as_json:
-        click.echo(json.dumps([result.to_json() for result in results], indent=2))
-    else:
-        _print(results, prompt_tokens, gen_tokens)
+    _print(results, setting(), "json" if as_json else output, earlier)
 
 
-def _here(threads: int | None) -> Callable[..., list[Result]]:
-    from skipcat_edge.bench import bench
+_Plan = tuple["Callable[..., list[Result]]", "Callable[[int, int], int]", "Callable[[], Setting]"]
+"""What measures, in how many steps, and what then tells the setting."""
+
+
+def _here(name: str | None, threads: list[int] | None, bandwidth: bool) -> _Plan:
+    from skipcat_edge.bandwidth import affordable_bandwidth
+    from skipcat_edge.bench import bench, steps, sweep
+    from skipcat_edge.bench_rows import this_machine
+    from skipcat_edge.cores import usable_cores
+    from skipcat_edge.device import load_device
     from skipcat_edge.session import default_threads
 
-    return partial(bench, threads=threads or default_threads())
+    default = default_threads()
+    if name is not None:
+        default = _pin(load_device(name), default)
+    counts = [default] if threads is None else threads or sweep(usable_cores())
+    measure = partial(bench, threads=counts, bandwidth=affordable_bandwidth if bandwidth else None)
+    return (measure, lambda files, repetitions: steps(files, len(counts), repetitions),
+            lambda: this_machine(name or "host"))
 
 
-def _on_phone(name: str | None, threads: int | None, serial: str | None,
-              tools: Path | None) -> Callable[..., list[Result]]:
+def _pin(device: Device, default: int) -> int:
+    """Keep this process and its children on the CPUs that suit `device`; how many threads do."""
+    if device.threads is None:
+        return default
+    cpus = set(device.threads.affinity)
+    if hasattr(os, "sched_setaffinity"):
+        if missing := cpus - os.sched_getaffinity(0):
+            raise UserError(f"{device.name} runs its threads on CPU {min(missing)}, which this machine does "
+                            "not have; name the preset of this machine, or none.")
+        os.sched_setaffinity(0, cpus)
+    return device.threads.recommended
+
+
+def _on_phone(name: str | None, threads: list[int] | None, serial: str | None, tools: Path | None) -> _Plan:
     from skipcat_edge.adb import bench_adb, phone_device, threads_and_cpus, tools_folder
+    from skipcat_edge.bench_rows import a_phone
 
+    if threads is not None and len(threads) != 1:
+        raise UserError("With --adb, --threads is one number.")
+    count = None if threads is None else threads[0]
     cpus: tuple[int, ...] = ()
     if name is not None:
         device = phone_device(name)
-        threads, cpus = threads_and_cpus(device, threads)
+        count, cpus = threads_and_cpus(device, count)
         tools = tools or tools_folder(device)
-    if threads is None or tools is None:
+    if count is None or tools is None:
         raise UserError("Which phone is it? Give --device, or both --threads and --phone-tools.")
-    return partial(bench_adb, threads=threads, cpus=cpus, tools=tools, device=name or "...", serial=serial)
+    measure = partial(bench_adb, threads=count, cpus=cpus, tools=tools, device=name or "...", serial=serial)
+    return measure, lambda files, repetitions: files * (repetitions + 1), lambda: a_phone(name or "unknown")
 
 
-def _print(results: list[Result], prompt_tokens: int, gen_tokens: int) -> None:
+def _print(results: Sequence[Result], setting: Setting, output: str | None,
+           earlier: Sequence[Row] | None) -> None:
     from rich.markup import escape
 
-    from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
+    from skipcat_edge import bench_print, bench_rows
+    from skipcat_edge.terminal import as_markdown, stdout_console
 
-    table = new_table("file", "size", "load", "peak memory", "prompt tokens/s", "x", "decode tokens/s", "x")
-    first = results[0]
-    for result in results:
-        table.add_row(
-            escape(Path(result.file).name), decimal_bytes(Path(result.file).stat().st_size),
-            "-" if result.load_s is None else f"{result.load_s:.2f} s",
-            "-" if result.peak_rss_bytes is None else decimal_bytes(result.peak_rss_bytes),
-            _speed(result.prompt_tps), _ratio(result.prompt_tps, first.prompt_tps),
-            _speed(result.decode_tps), _ratio(result.decode_tps, first.decode_tps),
-        )
+    rows = bench_rows.rows_of(results, setting)
+    formats = {"csv": bench_rows.as_csv, "json": bench_rows.as_json, "jsonl": bench_rows.as_json_lines}
+    if output in formats:
+        click.echo(formats[output](rows))
+        return
+    tables = [bench_print.table_of(results)]
+    lines = list(bench_print.sentences(results))
+    if output == "md":
+        lines.append(f"skipcat-edge {rows[0]['skipcat_edge']}, llama-cpp-python {setting.llama_cpp}, "
+                     f"{setting.device}: {setting.cpu}")
+    changes = None if earlier is None else bench_print.change_table(bench_rows.changes(rows, earlier))
     console = stdout_console()
-    console.print(table)
-    console.print()
-    threads = "1 thread" if first.threads == 1 else f"{first.threads} threads"
-    if first.phone and first.phone.cpus:
-        cpus = ", ".join(map(str, first.phone.cpus))
-        threads += f" on CPU {cpus}" if len(first.phone.cpus) == 1 else f" on CPUs {cpus}"
-    console.print(f"{threads}; prompt of {prompt_tokens} tokens, {gen_tokens} tokens decoded")
-    for result in results:
-        if result.decode_tps is None:
-            console.print(escape(f"{result.file} has no decoder: only its prompt speed is measured."))
-    for line in _phone_lines(results):
+    for table in tables if changes is None else [*tables, changes]:
+        if output == "md":
+            click.echo(as_markdown(table))
+        else:
+            console.print(table)
+        click.echo()
+    for line in lines:
         console.print(escape(line))
-
-
-def _phone_lines(results: list[Result]) -> Iterator[str]:
-    """What is to be known of a phone's measurements, and nothing of this machine's."""
-    if phone := results[0].phone:
-        yield (f"CPU temperature: {_celsius(phone.celsius_before)} before, {_celsius(phone.celsius_after)} "
-               "after")
-    for result in results:
-        if result.phone is None:
-            continue
-        for what, change in (("prompt", result.phone.prompt_last_to_first),
-                             ("decoding", result.phone.decode_last_to_first)):
-            if change is not None and change < _STEADY:
-                yield (f"{result.file}: {what} got {1 - change:.0%} slower from the first repetition to the "
-                       "last; the phone may throttle: let it cool down.")
-
-
-def _celsius(degrees: float | None) -> str:
-    return "unknown" if degrees is None else f"{degrees:.1f} °C"
-
-
-def _speed(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    digits = 0 if spread.max >= 1000 else 1 if spread.max >= 10 else 2
-    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f}-{spread.max:.{digits}f})"
-
-
-def _ratio(spread: Spread | None, first: Spread | None) -> str:
-    return "-" if spread is None or first is None else f"{spread.median / first.median:.2f}"
