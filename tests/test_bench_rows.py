@@ -24,8 +24,9 @@ CALM = Conditions((), "performance", 50.0, 52.0, ())
 
 def result(file: str = "a.gguf", threads: int = 4, prompt: float = 80.0, decode: float | None = 8.0,
            conditions: Conditions = CALM, **values: Any) -> Result:
-    speeds = Spread(prompt, prompt - 4, prompt + 4), None if decode is None else Spread(decode, decode, decode)
-    return Result(file, threads, 128, 64, 5, *speeds, conditions, 1.0, 10**9, **values)
+    decoding = None if decode is None else Spread(decode, decode, decode)
+    return Result(file, threads, 128, 64, 5, Spread(prompt, prompt - 4, prompt + 4), decoding, conditions,
+                  1.0, 10**9, **values)
 
 
 def test_time_to_first_token_and_bandwidth() -> None:

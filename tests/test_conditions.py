@@ -19,7 +19,8 @@ def write(path: Path, text: str) -> None:
 def system(tmp_path: Path) -> Path:
     """A Linux machine of two CPUs."""
     thermal, cpus = tmp_path / "sys/class/thermal", tmp_path / "sys/devices/system/cpu"
-    zones = [("acpitz", "99000"), ("x86_pkg_temp", "51500"), ("cpu-thermal", "48000"), ("cpu-broken", "-274000")]
+    zones = [("acpitz", "99000"), ("x86_pkg_temp", "51500"), ("cpu-thermal", "48000"),
+             ("cpu-broken", "-274000")]
     for index, (zone, value) in enumerate(zones):
         write(thermal / f"thermal_zone{index}/type", zone)
         write(thermal / f"thermal_zone{index}/temp", value)
