@@ -19,21 +19,14 @@ if TYPE_CHECKING:
     from skipcat_edge.device import Device
 
 
-class _Threads(click.ParamType[list[int]]):
-    """`auto`, or numbers separated by commas; an empty list for `auto`."""
-
-    name = "N[,N...]|auto"
-
-    def convert(self, value: str | list[int], param: click.Parameter | None,
-                ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        if value == "auto":
-            return []
-        parts = value.split(",")
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is neither auto nor numbers from 1 on, separated by commas.", param, ctx)
-        return list(dict.fromkeys(map(int, parts)))
+def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    """Numbers separated by commas; an empty list for `auto`."""
+    if value is None or value == "auto":
+        return None if value is None else []
+    parts = value.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is neither auto nor numbers from 1 on, separated by commas.")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 @click.command(short_help="Measure prompt and decode speed, load time and memory.")
@@ -42,7 +35,7 @@ class _Threads(click.ParamType[list[int]]):
               help="Tokens of the prompt, one batch.")
 @click.option("--gen-tokens", default=64, show_default=True, type=click.IntRange(min=1),
               help="Tokens decoded one by one.")
-@click.option("--threads", type=_Threads(),
+@click.option("--threads", callback=_thread_counts, metavar="N[,N...]|auto",
               help="Several are compared; `auto` tries numbers up to that of the cores.  [default: one for "
                    "each physical core; with --device, what suits it]")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
