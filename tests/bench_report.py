@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import click
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from skipcat_edge.device import load_device
 from skipcat_edge.runtime.pin import read_pin
-from skipcat_edge.terminal import stdout_console
+from skipcat_edge.terminal import as_markdown, stdout_console
 
 
 class Report:
@@ -31,10 +28,7 @@ class Report:
     def table(self, table: Table) -> None:
         stdout_console().print(table)
         click.echo()
-        table.box, table.show_edge, table.pad_edge, table.padding = box.MARKDOWN, True, True, (0, 1)
-        out = io.StringIO()
-        Console(file=out, highlight=False, width=1000).print(table)
-        self._parts.append("\n".join(line.strip() for line in out.getvalue().splitlines() if line.strip()))
+        self._parts.append(as_markdown(table))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ class Subject:
     seconds: dict[Test, list[float]] = field(default_factory=dict)
     """One for each turn."""
     buffers: dict[str, int] = field(default_factory=dict)
-    """Bytes, by the name that llama.cpp gives."""
+    """Bytes, by purpose and place."""
     peak_rss: int = 0
     """Bytes."""
 

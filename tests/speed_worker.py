@@ -12,10 +12,8 @@ As in llama-bench: random tokens, logits of the last token of a batch, 512 token
 
 from __future__ import annotations
 
-import ctypes
 import json
 import random
-import re
 import sys
 import time
 from typing import Any
@@ -23,27 +21,17 @@ from typing import Any
 import llama_cpp
 
 from skipcat_edge.bench_worker import peak_rss_bytes
+from skipcat_edge.llama_log import keep_log
 
 WARM_UP = 2
 """Tokens decoded before the clock starts, since another model was in the caches."""
 
 
 class Model:
-    """A model and a context of it. `buffers`: bytes by the name that llama.cpp's log gives."""
+    """A model and a context of it. `buffers`: bytes by purpose and place."""
 
     def __init__(self, path: str, threads: int, context: int) -> None:
-        self.buffers: dict[str, int] = {}
-
-        @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-        def log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
-            line = text.decode("utf-8", "replace")
-            found = re.search(r"(\S+ +(?:model|KV|compute|output) +buffer) size = +([\d.]+) MiB", line)
-            if found:
-                name = " ".join(found[1].split())
-                self.buffers[name] = self.buffers.get(name, 0) + int(float(found[2]) * 2**20)
-
-        self._log = log
-        llama_cpp.llama_log_set(log, None)
+        log = keep_log()
         llama_cpp.llama_backend_init()
         defaults = llama_cpp.llama_model_default_params()
         self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), defaults)
@@ -52,6 +40,7 @@ class Model:
         self._context: Any = self._model and llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise SystemExit(f"{path} cannot be loaded")
+        self.buffers = dict(log.buffers)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._draw = random.Random(0)
