@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint golden native-tools bench-speed bench-instructions bench-quality wheel phone test-arm clean
+.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-instructions bench-quality wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -18,7 +18,8 @@ help:
 	@echo "make test          all tests"
 	@echo "make test-arm      wheels for other CPUs, under emulation: apt install g++-aarch64-linux-gnu"
 	@echo "                   qemu-user-static qemu-user proot debootstrap"
-	@echo "make lint          ruff and mypy"
+	@echo "make lint          ruff, mypy, and whether docs/cli.md is up to date"
+	@echo "make docs          docs/cli.md, from the commands' --help"
 	@echo "make wheel DEVICE=rpi5  the runtime for another machine, in dist/; skipcat-edge devices lists them"
 	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
@@ -66,6 +67,10 @@ test-arm: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy skipcat_edge converter
+	$(BIN)/python docs/cli_reference.py --check
+
+docs: setup
+	$(BIN)/python docs/cli_reference.py
 
 golden: setup
 	$(BIN)/python $(DEMO)/golden.py

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -40,6 +43,28 @@ def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0, result.output
     assert f"Usage: main {name}" in result.stdout
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+
+
+def test_every_command_has_an_example_that_it_understands() -> None:
+    found = dict(commands(main))
+    assert len(found) > len(COMMANDS)
+    for path, command in found.items():
+        with click.Context(command) as context:
+            text = command.get_help(context)
+        program, *words = shlex.split(text.partition("Example:\n")[2])
+        assert program == "skipcat-edge" and tuple(words[: len(path)]) == path, path
+        if not isinstance(command, click.Group):
+            command.make_context(path[-1], words[len(path):])  # raises where an option or argument is wrong
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | No
     return list(dict.fromkeys(map(int, parts)))
 
 
-@click.command(short_help="Measure prompt and decode speed, load time and memory.")
+@click.command(short_help="Measure prompt and decode speed, load time and memory.",
+               epilog=example("bench dense.gguf skipcat.gguf --threads auto"))
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(min=1),
               help="Tokens of the prompt, one batch.")
@@ -64,8 +66,6 @@ def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads
 
     With --adb all this happens on a phone. It keeps the files, in /data/local/tmp/skipcat-edge, and
     tells neither load time nor memory, but its temperature.
-
-    Example: skipcat-edge bench dense.gguf skipcat.gguf --threads auto
     """
     from skipcat_edge.bench_rows import read_rows
     from skipcat_edge.terminal import new_progress

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 
-@click.command(short_help="Chat with a model.")
+@click.command(short_help="Chat with a model.",
+               epilog=example("chat llama.gguf"))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-n", "--tokens", default=512, show_default=True, type=click.IntRange(min=1),
               help="Most tokens of one reply.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ METHODS = ("auto", "skipcat", "skip", "cat", "svd-llm", "svd")
 ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 
 
-@click.command()
+@click.command(epilog=example("convert ./Llama-3.2-1B -o llama.gguf --quant Q8_0 --calibration text.txt"))
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="GGUF file to write.")
 @click.option("--ratio", type=float,

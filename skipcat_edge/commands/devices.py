@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 
 
-@click.command(short_help="Show known devices: cores, threads, memory, build settings.")
+@click.command(short_help="Show known devices: cores, threads, memory, build settings.",
+               epilog=example("devices rpi5"))
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, or with NAME one object.")
 def command(name: str | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from skipcat_edge.perplexity import Perplexity
 
 
-@click.command(short_help="Measure perplexity, and how close a model is to its dense reference.")
+@click.command(short_help="Measure perplexity, and how close a model is to its dense reference.",
+               epilog=example("eval skipcat.gguf --text story.txt --reference dense.gguf"))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
 @click.option("--window", default=256, show_default=True, type=click.IntRange(min=2),

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from skipcat_edge.commands.examples import example
 
-@click.command(short_help="Continue a text.")
+
+@click.command(short_help="Continue a text.",
+               epilog=example('generate llama.gguf -p "Once upon a time"'))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", default="", help="Text to continue; without it the model starts one.")
 @click.option("-n", "--tokens", default=128, show_default=True, type=click.IntRange(min=1),

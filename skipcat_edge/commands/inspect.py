@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
+
 if TYPE_CHECKING:
     from skipcat_edge.inspection import Inspection
 
 
-@click.command(short_help="Show ranks, types, sizes and provenance of a GGUF file.")
+@click.command(short_help="Show ranks, types, sizes and provenance of a GGUF file.",
+               epilog=example("inspect skipcat.gguf --plot ranks.png"))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,12 +20,12 @@ _SOURCE = click.option(
 )
 
 
-@click.group(name="runtime")
+@click.group(name="runtime", epilog=example("runtime build --install"))
 def command() -> None:
     """Build and check the patched llama-cpp-python."""
 
 
-@command.command()
+@command.command(epilog=example("runtime build --device rpi5"))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("dist"),
               show_default=True, help="Directory for the wheel.")
 @click.option(
@@ -63,7 +64,7 @@ def build(out: Path, source: Path | None, device: str | None, install: bool) -> 
                    f"{wheel if here else wheel.name}", err=True)
 
 
-@command.command()
+@command.command(epilog=example("runtime check"))
 @click.pass_context
 def check(ctx: click.Context) -> None:
     """Show which llama_cpp is imported; exit with 1 if it is not the patched one."""
@@ -89,7 +90,7 @@ def check(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
-@command.command()
+@command.command(epilog=example("runtime selftest"))
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list with one object per model.")
 @click.pass_context
@@ -133,7 +134,7 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
     stdout_console().print(table)
 
 
-@command.command("native-tools")
+@command.command("native-tools", epilog=example("runtime native-tools"))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/native"),
               show_default=True, help="The programs go to OUT/stock/bin and OUT/patched/bin.")
 @click.option("--stock", "kind", flag_value="stock", help="The stock programs only.")
@@ -147,7 +148,7 @@ def native_tools(out: Path, kind: str | None, source: Path | None) -> None:
         click.echo(directory)
 
 
-@command.command()
+@command.command(epilog=example("runtime phone --device pixel-8"))
 @click.option("--device", "name", required=True, metavar="NAME",
               help="What to build for (`skipcat-edge devices` lists them).")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
@@ -170,7 +171,7 @@ def phone(name: str, out: Path | None, source: Path | None) -> None:
     click.echo(tools)
 
 
-@command.command()
+@command.command(epilog=example("runtime source"))
 @_SOURCE
 def source(source: Path | None) -> None:
     """Print the path of the unpacked stock source, fetching it if needed."""

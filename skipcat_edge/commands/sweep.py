@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
     from skipcat_converter.sweep import Impossible, SweepRow
 
 
-@click.command(short_help="Predict size and loss at many ratios and types.")
+@click.command(short_help="Predict size and loss at many ratios and types.",
+               epilog=example("sweep ./Llama-3.2-1B --stats statistics"))
 @click.argument("source")
 @click.option("--stats", required=True, type=click.Path(path_type=Path),
               help="Statistics that `convert --stats` kept.")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from skipcat_edge.commands.examples import example
 from skipcat_edge.model_table import MODELS
 
 
-@click.command(epilog=f"Known models: {', '.join(MODELS)}.")
+@click.command(epilog=example("synth llama-3.2-1b -o random.gguf --quant Q4_0 --ratio 0.8",
+                              f"Known models: {', '.join(MODELS)}."))
 @click.argument("name")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="GGUF file to write.")
 @click.option("--ratio", default=1.0, show_default=True,
