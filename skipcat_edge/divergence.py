@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcat_edge.decoding import all_logits
 from skipcat_edge.errors import UserError
 from skipcat_edge.perplexity import (
     Perplexity,
@@ -18,7 +17,8 @@ from skipcat_edge.perplexity import (
     row_blocks,
     start_token,
 )
-from skipcat_edge.session import import_llama_cpp, model_info
+from skipcat_edge.reference import LiveReference, Reference, finite_logits
+from skipcat_edge.session import BATCH, import_llama_cpp, model_info, open_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,22 +48,31 @@ class RowComparison:
     """Whether both models' most likely token is the same one."""
 
 
-def open_pair(path: Path, reference: Path, window: int, threads: int | None = None) -> tuple[Any, Any]:
+def open_pair(path: Path, reference: Path, window: int,
+              threads: int | None = None) -> tuple[Any, LiveReference]:
     """Load both models, each with a context of one window.
 
-    Raises UserError as `open_for_perplexity`, if the reference is an embedding model, or if the
-    vocabularies differ.
+    Raises UserError as `open_for_perplexity` and `check_reference`.
     """
+    check_reference(path, reference)
+    model = open_for_perplexity(path, window, threads)
+    return model, LiveReference(open_for_perplexity(reference, window, threads))
+
+
+def check_reference(path: Path, reference: Path) -> None:
+    """Raises UserError if `reference` is an embedding model, or has another vocabulary than `path`."""
     if model_info(reference).embedding:
         raise UserError(f"{reference} is an embedding model, but {path} predicts tokens; "
                         "give the dense file it was made from.")
-    model = open_for_perplexity(path, window, threads)
-    dense = open_for_perplexity(reference, window, threads)
-    _check_vocabularies(model, dense, path, reference)
-    return model, dense
+    ours, theirs = (open_model(file, context=BATCH, vocabulary_only=True) for file in (path, reference))
+    try:
+        _check_vocabularies(ours, theirs, path, reference)
+    finally:
+        ours.close()
+        theirs.close()
 
 
-def compare(llama: Any, reference: Any, chunks: Sequence[Sequence[int]],
+def compare(llama: Any, reference: Reference, chunks: Sequence[Sequence[int]],
             advance: Callable[[], None] = lambda: None) -> tuple[Perplexity, Divergence]:
     """The perplexity of `llama` over `chunks`, as `perplexity` computes it, and its divergence.
 
@@ -77,7 +86,7 @@ def compare(llama: Any, reference: Any, chunks: Sequence[Sequence[int]],
     for chunk in chunks:
         tokens = [start, *chunk[:-1]]
         # Views of two contexts' memory: neither call overwrites the other's logits.
-        ours, theirs = _finite_logits(llama, "model", tokens), _finite_logits(reference, "reference", tokens)
+        ours, theirs = finite_logits(llama, "model", tokens), reference(tokens)
         parts.append(compare_rows(ours, theirs, np.asarray(chunk)))
         advance()
     losses = np.concatenate([part.losses for part in parts])
@@ -100,15 +109,6 @@ def compare_rows(logits: np.ndarray, reference: np.ndarray, targets: np.ndarray)
         # A divergence is never negative, but the sum's rounding errors can make it -1e-17.
         found.kl[rows] = np.maximum((np.exp(theirs) * (theirs - ours)).sum(axis=1), 0.0)
     return found
-
-
-def _finite_logits(llama: Any, which: str, tokens: Sequence[int]) -> np.ndarray:
-    import numpy as np
-
-    logits: np.ndarray = all_logits(llama, tokens)
-    if not np.isfinite(logits).all():
-        raise UserError(f"The {which}'s logits are not finite; convert it again from sound weights.")
-    return logits
 
 
 def _check_vocabularies(llama: Any, reference: Any, path: Path, reference_path: Path) -> None:

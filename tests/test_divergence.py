@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import command_line
@@ -16,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabulary import write_vocabulary
 
-from skipcat_edge import divergence
+from skipcat_edge import divergence, reference
 from skipcat_edge.divergence import compare, compare_rows, open_pair
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import ModelDimensions
 from skipcat_edge.perplexity import perplexity, text_chunks
+from skipcat_edge.reference import LiveReference, StoredReference, stored_reference
 from skipcat_edge.synth import write
 from skipcat_edge.synth_plan import plan
 from skipcat_edge.weight_types import weight_type
@@ -103,7 +106,7 @@ class Library:
             self.calls.append((llama, list(tokens)))
             return logits[llama][: len(tokens)]
 
-        monkeypatch.setattr(divergence, "all_logits", all_logits)
+        monkeypatch.setattr(reference, "all_logits", all_logits)
         monkeypatch.setattr(divergence, "start_token", lambda llama: {"ours": 7, "theirs": 8}[llama])
 
 
@@ -159,7 +162,7 @@ def test_means_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = draw.normal(size=(2, 3, 5)).astype(np.float32)
     library = Library(monkeypatch, ours=ours, theirs=theirs)
     done: list[int] = []
-    ppl, found = compare("ours", "theirs", [[1, 2, 3], [4, 0]], lambda: done.append(1))
+    ppl, found = compare("ours", LiveReference("theirs"), [[1, 2, 3], [4, 0]], lambda: done.append(1))
 
     assert library.calls == [(name, tokens) for tokens in ([7, 1, 2], [7, 4]) for name in ("ours", "theirs")]
     assert len(done) == 2
@@ -184,7 +187,7 @@ def test_logits_that_are_not_finite(broken: str, value: float, monkeypatch: pyte
     Library(monkeypatch, **logits)
     which = {"ours": "model", "theirs": "reference"}[broken]
     with pytest.raises(UserError, match=f"The {which}'s logits are not finite"):
-        compare("ours", "theirs", [[1, 2]])
+        compare("ours", LiveReference("theirs"), [[1, 2]])
 
 
 @pytest.mark.runtime
@@ -230,6 +233,80 @@ def test_the_perplexity_is_the_one_without_a_reference(models: dict[str, Path]) 
     model, dense = open_pair(models["rounded"], models["dense"], WINDOW, threads=1)
     chunks = text_chunks(model, STORY, WINDOW)
     assert compare(model, dense, chunks)[0] == perplexity(model, chunks)
+
+
+class Loaded:
+    """Stands in for a reference: its logits are its tokens; `closed` counts."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SKIPCAT_EDGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "logits"
+
+
+def store(file: Path, windows: list[list[int]], opened: list[Loaded]) -> StoredReference:
+    def open_() -> Loaded:
+        opened.append(Loaded())
+        return opened[-1]
+
+    return stored_reference(file, windows, 3, open_)
+
+
+@pytest.mark.runtime
+def test_logits_are_kept_for_the_same_file_and_tokens(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "all_logits",
+                        lambda llama, tokens: np.float32(tokens)[:, None] + np.float32([0, 0.25, 0.5]))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"first")
+    windows, opened = [[1, 5, 6], [1, 7], [1, 5]], []
+    for _ in range(2):
+        found = store(file, windows, opened)
+        np.testing.assert_array_equal(found([1, 7]), [[1, 1.25, 1.5], [7, 7.25, 7.5]])
+        np.testing.assert_array_equal(found([1, 5, 6])[:, 0], [1, 5, 6])
+    assert [llama.closed for llama in opened] == [1]
+    store(file, windows[:2], opened)
+    file.write_bytes(b"other")
+    os.utime(file, ns=(0, 0))
+    old = max(cache.iterdir(), key=lambda path: path.stat().st_mtime)
+    os.utime(old, (0, 0))
+    store(file, windows, opened)
+    assert [llama.closed for llama in opened] == [1, 1, 1]
+    assert not old.exists() and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.runtime
+def test_nothing_half_written_is_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, opened = tmp_path / "model.gguf", []
+    file.touch()
+    answers = iter([np.zeros((1, 3), np.float32), np.full((1, 3), np.nan, np.float32)])
+    monkeypatch.setattr(reference, "all_logits", lambda llama, tokens: next(answers))
+    with pytest.raises(UserError, match="reference's logits are not finite"):
+        store(file, [[1], [2]], opened)
+    assert list(cache.iterdir()) == [] and opened[0].closed == 1
+    monkeypatch.setattr(reference.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="--no-cache"):
+        store(file, [[1], [2]], opened)
+    assert len(opened) == 1
+
+
+@pytest.mark.runtime
+def test_eval_is_the_same_with_and_without_a_cache(
+    cache: Path, models: dict[str, Path], story: Path
+) -> None:
+    arguments = (models["rounded"], "--text", story, "--window", str(WINDOW), "--reference", models["dense"])
+    live = run_json(*arguments, "--no-cache")
+    assert not cache.exists()
+    first = run_json(*arguments)
+    assert len(list(cache.glob("*.f32"))) == 1
+    assert live == first == run_json(*arguments)
 
 
 @pytest.mark.runtime

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skipcat_edge.divergence import Divergence
     from skipcat_edge.embedding_eval import EmbeddingSimilarity
     from skipcat_edge.perplexity import Perplexity
+    from skipcat_edge.reference import Reference
 
 
 @click.command(short_help="Measure perplexity, and how close a model is to its dense reference.",
@@ -27,16 +28,19 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Use the first tokens of the text only.")
 @click.option("--reference", type=click.Path(path_type=Path),
               help="The dense GGUF that FILE was made from; an embedding model needs it.")
+@click.option("--cache/--no-cache", default=True, show_default=True,
+              help="Keep the reference's logits on disk, for the next file that is compared with it.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path, window: int, max_tokens: int | None, reference: Path | None,
-            threads: int | None, as_json: bool) -> None:
+            cache: bool, threads: int | None, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
     mean KL divergence KL(reference || FILE) per token, in nats, and the top-1 agreement: the share of
-    tokens for which both models hold the same next token most likely. Both models are in memory
-    then. Each figure has its standard error.
+    tokens for which both models hold the same next token most likely. Each figure has its standard
+    error. The reference goes first, and its logits wait on disk: only one model is in memory at a
+    time, and a second FILE is compared without it.
 
     An embedding model: the mean cosine between its sentence embeddings and those of --reference,
     one for each line.
@@ -54,7 +58,8 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
             f"over {similarity.lines:,} lines"
         )
     else:
-        perplexity, divergence = _perplexity(file, reference, text, window, max_tokens, threads)
+        perplexity, divergence = _perplexity(file, reference, text, window, max_tokens, threads,
+                                             cache)
         values, sentence = asdict(perplexity), (
             f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
             f"windows of {window}"
@@ -70,19 +75,34 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
 
 
 def _perplexity(file: Path, reference: Path | None, text: Path, window: int, max_tokens: int | None,
-                threads: int | None) -> tuple[Perplexity, Divergence | None]:
-    from skipcat_edge.divergence import compare, open_pair
-    from skipcat_edge.perplexity import open_for_perplexity, perplexity, text_chunks
+                threads: int | None, cache: bool) -> tuple[Perplexity, Divergence | None]:
+    from skipcat_edge.divergence import check_reference, compare
+    from skipcat_edge.perplexity import open_for_perplexity, perplexity, start_token, text_chunks
+    from skipcat_edge.reference import LiveReference, stored_reference
+    from skipcat_edge.session import BATCH, open_model
     from skipcat_edge.terminal import new_progress
 
     content = _read(text)
-    if reference is None:
-        llama, dense = open_for_perplexity(file, window, threads), None
-    else:
-        llama, dense = open_pair(file, reference, window, threads)
-    chunks = text_chunks(llama, content, window, max_tokens, name=str(text))
+    if reference is not None:
+        check_reference(file, reference)
+    # tokens first, without weights: the reference is gone before the model is loaded
+    vocabulary = open_model(file, context=BATCH, vocabulary_only=True)
+    chunks = text_chunks(vocabulary, content, window, max_tokens, name=str(text))
+    windows = [[start_token(vocabulary), *chunk[:-1]] for chunk in chunks]
+    size = vocabulary.n_vocab()
+    vocabulary.close()
     with new_progress() as progress:
-        task = progress.add_task("windows", total=len(chunks))
+        dense: Reference | None = None
+        if reference is not None and cache:
+            task = progress.add_task(f"windows of {reference.name}", total=len(chunks))
+            dense = stored_reference(reference, windows, size,
+                                     lambda: open_for_perplexity(reference, window, threads),
+                                     lambda: progress.advance(task))
+            progress.update(task, completed=len(chunks))
+        elif reference is not None:
+            dense = LiveReference(open_for_perplexity(reference, window, threads))
+        llama = open_for_perplexity(file, window, threads)
+        task = progress.add_task(f"windows of {file.name}", total=len(chunks))
 
         def advance() -> None:
             progress.advance(task)
