@@ -74,12 +74,12 @@ def finite_logits(llama: Any, which: str, tokens: Sequence[int]) -> np.ndarray:
 
 
 def stored_reference(file: Path, windows: Sequence[Sequence[int]], vocabulary: int, open_: Callable[[], Any],
-                     advance: Callable[[], None] = lambda: None) -> StoredReference:
+                     begin: Callable[[], Callable[[], None]] = lambda: lambda: None) -> StoredReference:
     """The logits of `file` for `windows` of tokens, from the disk where an earlier call left them there.
 
     Otherwise `open_` loads the model, which computes them, window by window, and is closed: no more than one
-    window's logits are in memory. `advance` is called after each window that is computed. Raises UserError
-    where the disk has no space for them, and as `finite_logits`.
+    window's logits are in memory. `begin` is called where they are computed, and what it returns after each
+    window. Raises UserError where the disk has no space for them, and as `finite_logits`.
     """
     folder = cache_dir() / "logits"
     path = folder / f"{_key(file, windows)}.f32"
@@ -94,6 +94,7 @@ def stored_reference(file: Path, windows: Sequence[Sequence[int]], vocabulary: i
         part = path.with_suffix(f".{os.getpid()}.part")
         llama = open_()
         try:
+            advance = begin()
             with part.open("wb") as out:
                 for window in windows:
                     out.write(finite_logits(llama, "reference", window).data)

@@ -364,3 +364,20 @@ def test_a_reference_that_predicts_tokens_has_no_embedding(models: dict[str, Pat
     result = run(encoder(tmp_path), "--text", story, "--reference", models["dense"])
     assert result.exit_code == 2
     assert f"{models['dense']} is not an embedding model" in result.stderr
+
+
+@pytest.mark.runtime
+def test_samples_are_what_generate_writes(
+    demo_dense_gguf: Path, demo_low_rank_gguf: Path, shared: Path
+) -> None:
+    story = shared / "text" / "tinystories_eval.txt"
+    found = run_json(demo_low_rank_gguf, "--text", story, "--max-tokens", "2000", "--samples", "2",
+                     "--sample-tokens", "12", "--reference", demo_dense_gguf)
+    first, second = found["samples"]
+    text = " ".join(story.read_text("utf-8").split())
+    assert text.startswith(" ".join(first["prompt"].split())) and first["prompt"] != second["prompt"]
+    for path, written in ((demo_low_rank_gguf, first["model"]), (demo_dense_gguf, first["reference"])):
+        alone = command_line.run("generate", path, "-p", first["prompt"], "-n", "12", "--threads", "1")
+        assert written.strip() and written.strip() in alone.stdout
+    shown = run(demo_low_rank_gguf, "--text", story, "--max-tokens", "2000", "--samples", "1")
+    assert "reference" not in shown.stdout and f"model      {first['model'].split()[0]}" in shown.stdout

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +14,10 @@ from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from skipcat_edge.divergence import Divergence
+    from collections.abc import Callable, Iterator
+
     from skipcat_edge.embedding_eval import EmbeddingSimilarity
-    from skipcat_edge.perplexity import Perplexity
-    from skipcat_edge.reference import Reference
+    from skipcat_edge.evaluation import Evaluation
 
 
 @click.command(short_help="Measure perplexity, and how close a model is to its dense reference.",
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Use the first tokens of the text only.")
 @click.option("--reference", type=click.Path(path_type=Path),
               help="The dense GGUF that FILE was made from; an embedding model needs it.")
+@click.option("--samples", default=0, show_default=True, type=click.IntRange(min=0),
+              help="Also show so many beginnings of the text with what FILE and --reference make of them.")
+@click.option("--sample-tokens", default=48, show_default=True, type=click.IntRange(min=1),
+              help="Tokens of each continuation.")
 @click.option("--cache/--no-cache", default=True, show_default=True,
               help="Keep the reference's logits on disk, for the next file that is compared with it.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path, window: int, max_tokens: int | None, reference: Path | None,
-            cache: bool, threads: int | None, as_json: bool) -> None:
+            samples: int, sample_tokens: int, cache: bool, threads: int | None, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -48,6 +53,8 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
     from skipcat_edge.session import model_info
 
     if model_info(file).embedding:
+        if samples:
+            raise UserError(f"{file} is an embedding model and writes no text; leave out --samples.")
         if reference is None:
             raise UserError(f"{file} is an embedding model; give its dense GGUF with --reference.")
         if max_tokens is not None:
@@ -58,58 +65,40 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
             f"over {similarity.lines:,} lines"
         )
     else:
-        perplexity, divergence = _perplexity(file, reference, text, window, max_tokens, threads,
-                                             cache)
-        values, sentence = asdict(perplexity), (
-            f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
-            f"windows of {window}"
-        )
-        if divergence is not None:
-            values |= asdict(divergence)
-            sentence += (
-                f"\nKL divergence from {reference}: {divergence.kl:.6f} ± {divergence.kl_se:.6f} "
-                "nats per token"
-                f"\ntop-1 agreement with it: {100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %"
-            )
+        found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
+                          samples=samples, sample_tokens=sample_tokens, threads=threads)
+        values, sentence = found.to_json(), "\n".join(_sentences(found, window, reference))
     click.echo(json.dumps(values) if as_json else sentence)
 
 
-def _perplexity(file: Path, reference: Path | None, text: Path, window: int, max_tokens: int | None,
-                threads: int | None, cache: bool) -> tuple[Perplexity, Divergence | None]:
-    from skipcat_edge.divergence import check_reference, compare
-    from skipcat_edge.perplexity import open_for_perplexity, perplexity, start_token, text_chunks
-    from skipcat_edge.reference import LiveReference, stored_reference
-    from skipcat_edge.session import BATCH, open_model
+def _evaluate(file: Path, text: Path, **options: Any) -> Evaluation:
+    from skipcat_edge.evaluation import evaluate
     from skipcat_edge.terminal import new_progress
 
     content = _read(text)
-    if reference is not None:
-        check_reference(file, reference)
-    # tokens first, without weights: the reference is gone before the model is loaded
-    vocabulary = open_model(file, context=BATCH, vocabulary_only=True)
-    chunks = text_chunks(vocabulary, content, window, max_tokens, name=str(text))
-    windows = [[start_token(vocabulary), *chunk[:-1]] for chunk in chunks]
-    size = vocabulary.n_vocab()
-    vocabulary.close()
     with new_progress() as progress:
-        dense: Reference | None = None
-        if reference is not None and cache:
-            task = progress.add_task(f"windows of {reference.name}", total=len(chunks))
-            dense = stored_reference(reference, windows, size,
-                                     lambda: open_for_perplexity(reference, window, threads),
-                                     lambda: progress.advance(task))
-            progress.update(task, completed=len(chunks))
-        elif reference is not None:
-            dense = LiveReference(open_for_perplexity(reference, window, threads))
-        llama = open_for_perplexity(file, window, threads)
-        task = progress.add_task(f"windows of {file.name}", total=len(chunks))
 
-        def advance() -> None:
-            progress.advance(task)
+        def begin(title: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(title, total=total)
+            return lambda: progress.advance(task)
 
-        if dense is None:
-            return perplexity(llama, chunks, advance), None
-        return compare(llama, dense, chunks, advance)
+        return evaluate(file, content, name=str(text), begin=begin, **options)
+
+
+def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterator[str]:
+    perplexity, divergence = found.perplexity, found.divergence
+    yield (f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
+           f"windows of {window}")
+    if divergence is not None:
+        yield (f"KL divergence from {reference}: {divergence.kl:.6f} ± {divergence.kl_se:.6f} nats per token")
+        yield f"top-1 agreement with it: {100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %"
+    for sample in found.samples:
+        yield ""
+        told = (("text", sample.prompt), ("reference", sample.reference), ("model", sample.model))
+        for title, text in told:
+            if text is not None:
+                yield textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{title:<11}",
+                                    subsequent_indent=" " * 11)
 
 
 def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:
