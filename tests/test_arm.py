@@ -79,7 +79,8 @@ def test_the_best_variant_is_chosen(debian: ArmDebian, cpu: str) -> None:
 @pytest.mark.parametrize("tests", OP_TESTS)
 def test_the_op_equals_numpy(debian: ArmDebian, tests: str, cpu: str) -> None:
     command = ["/venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    out = debian.run([*command, f"/root/tests/{tests}"], cpu)
+    # many rows differ from some by more turns of the same code, and take minutes
+    out = debian.run([*command, f"/root/tests/{tests}", "-k", "not 512 and not 128"], cpu)
     assert " passed" in out and "failed" not in out
     # without dotprod no weights are repacked
     assert ("skipped" in out) == (cpu == "cortex-a72" and tests == "test_skip_mul_mat.py")
