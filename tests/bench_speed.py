@@ -239,7 +239,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 @click.option("--prompts", default="32,128,512", show_default=True, help="Tokens.")
 @click.option("--depths", default="0,2048", show_default=True, help="Tokens before the decoded ones.")
 @click.option("--gen-tokens", default=16, show_default=True)
-@click.option("--repetitions", default=10, show_default=True, help="Turns.")
+@click.option("--repetitions", default=5, show_default=True, help="Turns.")
 @click.option("--threads", type=int, default=default_threads, show_default="one for each core")
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
