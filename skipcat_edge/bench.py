@@ -139,10 +139,10 @@ def _results(subject: _Subject, prompt_tokens: int, gen_tokens: int, around: Con
     """Ends the process, and sums up."""
     peak, process, path = subject.process.finish(), subject.process, Path(subject.file)
     kv_bytes = sum(size for name, size in process.buffers.items() if name.startswith("KV "))
+    read = weight_bytes_per_token(path) + kv_bytes / process.context * (gen_tokens + 1) / 2
     for threads, rows in subject.seconds.items():
         prompts = [prompt_tokens / s for row in rows if (s := row["prompt_s"])]
         decodes = [gen_tokens / s for row in rows if (s := row["decode_s"])]
-        read = weight_bytes_per_token(path) + kv_bytes / process.context * (gen_tokens + 1) / 2
         yield Result(
             file=subject.file, threads=threads, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens,
             repetitions=len(rows), prompt_tps=Spread.of(prompts),
