@@ -24,7 +24,7 @@ help:
 	@echo "make phone DEVICE=pixel-8  programs for a phone, in build/phone/; skipcat-edge bench --adb runs them"
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
-	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp: writes docs/speed.md; about 40 minutes"
+	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp: writes docs/speed.md; about 20 minutes"
 	@echo "make bench-instructions  what an Arm core executes per token, by emulation (apt install qemu-user):"
 	@echo "                   writes docs/instructions.md"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"

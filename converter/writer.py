@@ -94,10 +94,11 @@ def factor_slots(owner: PlannedOwner, type_: GGMLQuantizationType) -> list[Slot]
     """The tensors of one owner, in file order."""
     n, rank = owner.members[0].n, owner.rank
     columns = n - rank if owner.skip else n
-    slots = [Slot(fmt.lr_a_name(owner.block, owner.name), (rank, columns), fmt.factor_type(type_, columns))]
+    slots = []
     if owner.skip:
         name = fmt.skip_mask_name(owner.block, owner.name)
         slots.append(Slot(name, (-(-n // 32),), GGMLQuantizationType.I32))
+    slots.append(Slot(fmt.lr_a_name(owner.block, owner.name), (rank, columns), fmt.factor_type(type_, columns)))
     slots += [
         Slot(fmt.lr_b_name(layer.index, layer.member), (layer.m, rank), fmt.factor_type(type_, rank))
         for layer in owner.members
@@ -108,7 +109,7 @@ def factor_slots(owner: PlannedOwner, type_: GGMLQuantizationType) -> list[Slot]
 def factor_data(factors: QuantizedFactors) -> list[np.ndarray]:
     """Bytes in the order of `factor_slots`."""
     mask = [] if factors.skip is None else [fmt.pack_skip_mask(factors.skip).view(np.uint8)]
-    return [factors.T.data, *mask, *(matrix.data for matrix in factors.B)]
+    return [*mask, factors.T.data, *(matrix.data for matrix in factors.B)]
 
 
 @dataclass(frozen=True)

@@ -159,12 +159,17 @@ def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
             outputs = model.groups[0].members.values()
             for tensor, m in zip((TENSOR.ATTN_Q, TENSOR.ATTN_K, TENSOR.ATTN_V), outputs, strict=True):
                 yield PlannedTensor(name(tensor, layer, "bias"), (m,), Types.F32, Role.VECTOR)
-        for group in model.groups:
-            if ratio < 1:
-                yield from _factors(group, layer, type_, ratio, grid, rng)
-            else:
-                for member, m in group.members.items():
-                    yield _matrix(fmt.weight_name(layer, member), m, group.n, type_)
+        linear = [tensor for group in model.groups for tensor in (
+            _factors(group, layer, type_, ratio, grid, rng) if ratio < 1 else _dense(group, layer, type_))]
+        # masks beside the norms: what follows the last tensor that is read from the file itself, rather than
+        # from a repacked copy, llama.cpp gives back to the system
+        yield from (tensor for tensor in linear if tensor.role is Role.CONSTANT)
+        yield from (tensor for tensor in linear if tensor.role is not Role.CONSTANT)
+
+
+def _dense(group: LinearGroup, layer: int, type_: GGMLQuantizationType) -> Iterator[PlannedTensor]:
+    for member, m in group.members.items():
+        yield _matrix(fmt.weight_name(layer, member), m, group.n, type_)
 
 
 def _matrix(name: str, rows: int, columns: int, type_: GGMLQuantizationType,
