@@ -17,21 +17,22 @@ def clear(llama: Any) -> None:
         llama_cpp.llama_memory_clear(memory, True)
 
 
-def time_batches(llama: Any, batches: Sequence[Sequence[int]]) -> float:
-    """Seconds to decode `batches` of tokens one after the other, from an empty cache.
+def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[Sequence[int]] = ()) -> float:
+    """Seconds to decode `batches` of tokens one after the other, after those of `before`, which are not timed.
 
-    Raises UserError if llama.cpp fails.
+    The cache is empty at first. Raises UserError if llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
     clear(llama)
-    arrays = [(llama_cpp.llama_token * len(tokens))(*tokens) for tokens in batches]
+    arrays = [(llama_cpp.llama_token * len(tokens))(*tokens) for tokens in (*before, *batches)]
     seconds = 0.0
-    for array in arrays:
+    for index, array in enumerate(arrays):
         batch = llama_cpp.llama_batch_get_one(array, len(array))
         started = time.perf_counter()
         code = llama_cpp.llama_decode(llama.ctx, batch)
         llama_cpp.llama_synchronize(llama.ctx)
-        seconds += time.perf_counter() - started
+        if index >= len(before):
+            seconds += time.perf_counter() - started
         if code:
             raise decode_error(f"llama_decode returned {code}")
     return seconds

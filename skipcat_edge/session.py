@@ -15,7 +15,7 @@ from skipcat_edge.llama_log import keep_log
 from skipcat_edge.runtime.check import BUILD_COMMAND
 
 BATCH = 512
-_CONTEXT_STEP = 256  # llama.cpp rounds contexts up to this
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to this
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
     threads = threads or default_threads()
     try:
         llama = llama_cpp.Llama(
-            str(path), n_ctx=-(-context // _CONTEXT_STEP) * _CONTEXT_STEP, n_batch=batch,
+            str(path), n_ctx=-(-context // CONTEXT_STEP) * CONTEXT_STEP, n_batch=batch,
             n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
             embedding=embedding, vocab_only=vocabulary_only, verbose=False,
             flash_attn=True,  # llama.cpp's own default, not llama_cpp's

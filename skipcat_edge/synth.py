@@ -34,15 +34,23 @@ _POOL_ELEMENTS = 1 << 20
 _CHUNK_BYTES = 1 << 24
 
 
-def write(plan: Plan, out: Path, tree: Path, *, force: bool = False,
+def write(plan: Plan, out: Path, tree: Path | None, *, force: bool = False,
           advance: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Write the model with the vocabulary found in `tree`, the unpacked llama-cpp-python source.
+    """Write the model with the vocabulary found in `tree`, the unpacked llama-cpp-python source; None:
+    without one, for what reads and writes token numbers only.
 
     `advance` is told how many bytes of weights were written. Raises UserError if `out` exists and
     `force` is not given, or on a missing vocabulary or a failed write; then `out` is left as it was.
     """
     with atomic_output(out, force) as partial:
-        _write_file(plan, partial, _read_tokenizer(tree, plan.model), advance)
+        tokenizer = _no_tokenizer() if tree is None else _read_tokenizer(tree, plan.model)
+        _write_file(plan, partial, tokenizer, advance)
+
+
+def _no_tokenizer() -> Mapping[str, tuple[Any, Any, Any]]:
+    from gguf import GGUFValueType, Keys
+
+    return {Keys.Tokenizer.MODEL: ("no_vocab", GGUFValueType.STRING, GGUFValueType.STRING)}
 
 
 def _read_tokenizer(tree: Path, model: ModelDimensions) -> Mapping[str, tuple[Any, Any, Any]]:

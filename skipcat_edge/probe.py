@@ -1,0 +1,195 @@
+"""How fast this machine runs a model's layers: some of them with random weights, timed for some seconds.
+
+A layer's seconds are measured dense and low-rank, and the head's beside them, so that nothing is said of
+caches, row lengths or threads that was not timed on this machine. The whole model is their sum.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipcat_edge import synth
+from skipcat_edge.decoding import time_batches
+from skipcat_edge.errors import UserError
+from skipcat_edge.session import BATCH, open_model
+from skipcat_edge.synth_plan import Plan as PlannedModel
+from skipcat_edge.synth_plan import Role, plan
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+    from skipcat_edge.model_table import ModelDimensions
+
+_LAYERS_BYTES = 128 * 10**6
+"""Of the layers that are timed: more than caches hold."""
+_FEW_TOKENS = 64
+"""Vocabulary of a model whose head should cost nothing."""
+_ROUNDS = 5
+_GENERATED = 12
+_DEPTH = 1024
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one layer, or of the head."""
+
+    prompt_s: float
+    """Of the probe's whole prompt."""
+    decode_s: float
+    """Of one token, the cache empty."""
+
+
+@dataclass(frozen=True)
+class TypeCosts:
+    """Of one ggml type."""
+
+    dense: Cost
+    dense_parameters: int
+    """Linear parameters of a dense layer."""
+    low_rank: Cost | None
+    """None where no low-rank layer was asked for, or the type's ranks allow none."""
+    low_rank_parameters: int
+    head: Cost
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured of one model's layers with one number of threads."""
+
+    threads: int
+    prompt_tokens: int
+    types: dict[str, TypeCosts]
+    attention_s: float
+    """Seconds that one layer's attention adds to decoding a token for each token before it."""
+
+    def prompt_s(self, model: PlannedModel, tokens: int) -> float | None:
+        """Seconds of a prompt of `tokens` tokens; None for a type that was not probed."""
+        return self._total(model, lambda cost: cost.prompt_s * tokens / self.prompt_tokens, tokens)
+
+    def decode_s(self, model: PlannedModel, depth: float) -> float | None:
+        """Seconds of a token after `depth` others; None for a type that was not probed."""
+        total = self._total(model, lambda cost: cost.decode_s, 1)
+        return None if total is None else total + model.model.n_layer * self.attention_s * depth
+
+    def _total(self, model: PlannedModel, of: Callable[[Cost], float], tokens: int) -> float | None:
+        costs = self.types.get(model.type.name)
+        if costs is None:
+            return None
+        layers, dense = model.model.n_layer, of(costs.dense)
+        layer = dense
+        if model.low_rank:
+            if costs.low_rank is None:
+                return None
+            # as a dense layer changes with its parameters, from the low-rank layer that was timed
+            more = model.linear_parameters / layers - costs.low_rank_parameters
+            layer = of(costs.low_rank) + more * dense / costs.dense_parameters
+        # logits are computed for the last token alone, however long the prompt
+        head = costs.head.decode_s if tokens == 1 else costs.head.prompt_s
+        return layers * layer + head
+
+
+def steps(types: Sequence[object]) -> int:
+    """How often `probe` tells that it advances."""
+    return 3 * len(types) + _ROUNDS * len(types) + 1
+
+
+def probe(model: ModelDimensions, types: Sequence[GGMLQuantizationType], ratio: float | None, *, threads: int,
+          prompt_tokens: int, advance: Callable[[str], None] = lambda _: None) -> Probe:
+    """Time layers of `model` in each of `types`, dense and at `ratio` (None: dense only).
+
+    `advance` hears a title after each of `steps`. Writes some hundred megabytes into the folder for temporary
+    files for a while. Raises UserError where the runtime is missing or memory does not suffice.
+    """
+    found: dict[str, TypeCosts] = {}
+    attention = 0.0
+    for index, type_ in enumerate(types):
+        with _subjects(model, type_, ratio, threads, prompt_tokens, advance) as subjects:
+            for _ in range(_ROUNDS):
+                for subject in subjects.values():
+                    subject.measure()
+                advance(type_.name)
+            found[type_.name] = _costs(subjects)
+            if index == len(types) - 1:
+                attention = subjects["dense"].attention_s()
+                advance("attention")
+    return Probe(threads, prompt_tokens, found, attention)
+
+
+class _Subject:
+    def __init__(self, model: PlannedModel, path: Path, threads: int, prompt_tokens: int) -> None:
+        self.model = model
+        context = max(prompt_tokens, _DEPTH) + _GENERATED + _WARM_UP
+        self.llama: Any = open_model(path, context=context, batch=max(BATCH, prompt_tokens), threads=threads)
+        self._draw = random.Random(0)
+        self._prompt = self._tokens(prompt_tokens)
+        self._decoded = [[token] for token in self._tokens(_GENERATED)]
+        # what the other models left in the caches
+        self._before = [[token] for token in self._tokens(_WARM_UP)]
+        self.prompts: list[float] = []
+        self.decodes: list[float] = []
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._draw.randrange(self.model.model.n_vocab) for _ in range(count)]
+
+    def measure(self) -> None:
+        self.prompts.append(time_batches(self.llama, [self._prompt]))
+        self.decodes.append(time_batches(self.llama, self._decoded, self._before) / len(self._decoded))
+
+    def cost(self) -> Cost:
+        return Cost(statistics.median(self.prompts), statistics.median(self.decodes))
+
+    def attention_s(self) -> float:
+        """Seconds for each layer and token of the cache."""
+        prompt = self._tokens(_DEPTH)
+        filled = [*(prompt[start : start + BATCH] for start in range(0, _DEPTH, BATCH)), *self._before]
+        deep = time_batches(self.llama, self._decoded, filled) / len(self._decoded)
+        return max(0.0, deep - self.cost().decode_s) / _DEPTH / self.model.model.n_layer
+
+
+@contextmanager
+def _subjects(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float | None, threads: int,
+              prompt_tokens: int, advance: Callable[[str], None]) -> Iterator[dict[str, _Subject]]:
+    """`dense` and `low-rank` layers without a head to speak of, and one dense layer with it."""
+    layer = plan(replace(model, n_layer=1, n_vocab=_FEW_TOKENS, tied_head=True), type_, 1.0, 0)
+    layer_bytes = sum(tensor.nbytes for tensor in layer.tensors if tensor.role is Role.LINEAR)
+    layers = min(model.n_layer, max(2, -(-_LAYERS_BYTES // layer_bytes)))
+    few = replace(model, n_layer=layers, n_vocab=_FEW_TOKENS, tied_head=True)
+    wanted = {"dense": (few, 1.0), "head": (replace(model, n_layer=1, tied_head=True), 1.0)}
+    if ratio is not None:
+        wanted["low-rank"] = (few, ratio)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skipcat-edge-probe-")))
+        subjects: dict[str, _Subject] = {}
+        for name, (dimensions, kept) in wanted.items():
+            try:
+                planned = plan(dimensions, type_, kept, 0)
+            except UserError:
+                continue  # a type whose ranks do not reach the ratio
+            path = folder / f"{name}.gguf"
+            synth.write(planned, path, None)
+            subjects[name] = _Subject(planned, path, threads, prompt_tokens)
+            stack.callback(subjects[name].llama.close)
+            path.unlink()  # mapped: its pages stay until it is closed
+            advance(type_.name)
+        yield subjects
+
+
+def _costs(subjects: dict[str, _Subject]) -> TypeCosts:
+    def per_layer(subject: _Subject) -> tuple[Cost, int]:
+        layers, whole = subject.model.model.n_layer, subject.cost()
+        cost = Cost(whole.prompt_s / layers, whole.decode_s / layers)
+        return cost, subject.model.linear_parameters // layers
+
+    dense, dense_parameters = per_layer(subjects["dense"])
+    low_rank, low_rank_parameters = per_layer(subjects["low-rank"]) if "low-rank" in subjects else (None, 0)
+    with_head = subjects["head"].cost()
+    head = Cost(max(0.0, with_head.prompt_s - dense.prompt_s), max(0.0, with_head.decode_s - dense.decode_s))
+    return TypeCosts(dense, dense_parameters, low_rank, low_rank_parameters, head)
