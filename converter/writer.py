@@ -98,7 +98,8 @@ def factor_slots(owner: PlannedOwner, type_: GGMLQuantizationType) -> list[Slot]
     if owner.skip:
         name = fmt.skip_mask_name(owner.block, owner.name)
         slots.append(Slot(name, (-(-n // 32),), GGMLQuantizationType.I32))
-    slots.append(Slot(fmt.lr_a_name(owner.block, owner.name), (rank, columns), fmt.factor_type(type_, columns)))
+    a_name = fmt.lr_a_name(owner.block, owner.name)
+    slots.append(Slot(a_name, (rank, columns), fmt.factor_type(type_, columns)))
     slots += [
         Slot(fmt.lr_b_name(layer.index, layer.member), (layer.m, rank), fmt.factor_type(type_, rank))
         for layer in owner.members

@@ -11,6 +11,7 @@ from skipcat_edge import __version__
 # Command -> one line of help. Kept here so that `--help` imports no command.
 COMMANDS = {
     "convert": "Compress a Hugging Face model and write it as GGUF.",
+    "plan": "Predict memory and speed of a model's possible files on a device.",
     "sweep": "Predict size and loss at many ratios and types.",
     "inspect": "Show ranks, types, sizes and provenance of a GGUF file.",
     "generate": "Continue a text.",

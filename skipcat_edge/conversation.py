@@ -37,9 +37,12 @@ class Conversation:
     Without a template the text so far is continued: turns follow one another on new lines.
     """
 
-    def __init__(self, llama: Any, *, context: int, max_tokens: int, sampling: Sampling) -> None:
-        """`context`: tokens that the turns and the reply share; `max_tokens`: most of one reply."""
+    def __init__(self, llama: Any, *, context: int, max_tokens: int, sampling: Sampling,
+                 system: str | None = None) -> None:
+        """`context`: tokens that the turns and the reply share; `max_tokens`: most of one reply; `system`:
+        what the model is told before all turns."""
         self._llama = llama
+        self.system = system
         self._context = context
         self._max_tokens = max_tokens
         self._sampling = sampling
@@ -87,8 +90,11 @@ class Conversation:
 
     def _format(self, turns: list[Turn]) -> str:
         if self._formatter is None:
-            return "\n".join(turn.user + turn.reply for turn in turns)
+            said = [self.system] if self.system else []
+            return "\n".join([*said, *(turn.user + turn.reply for turn in turns)])
         messages: list[dict[str, str]] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
         for turn in turns:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": turn.reply})

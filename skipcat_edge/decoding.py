@@ -18,7 +18,7 @@ def clear(llama: Any) -> None:
 
 
 def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[Sequence[int]] = ()) -> float:
-    """Seconds to decode `batches` of tokens one after the other, after those of `before`, which are not timed.
+    """Seconds to decode `batches` of tokens one after the other; those of `before` go first, uncounted.
 
     The cache is empty at first. Raises UserError if llama.cpp fails.
     """

@@ -70,6 +70,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How fast llama.cpp runs one ggml type, all recommended threads together."""
+
+    type: str
+    prompt: int
+    """Multiplications per second of a prompt."""
+    decode: int
+    """Bytes of weights per second of decoding."""
+    source: str
+
+
+@dataclass(frozen=True)
 class Build:
     """How to compile for the device."""
 
@@ -94,6 +106,8 @@ class Device:
     """None where the cores are not known."""
     memory: Memory
     build: Build
+    rates: tuple[Rates, ...] = ()
+    """Of some types; empty where nobody published them."""
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -258,8 +272,23 @@ def _device(table: _Table) -> Device:
     threads = _threads(table.table("threads"), cpus) if counted else None
     memory = _memory(table.table("memory")) if table.has("memory") else Memory()
     build = _build(table.table("build"))
+    rates = tuple(_rates(entry) for entry in table.tables("rates")) if table.has("rates") else ()
+    if len({each.type for each in rates}) < len(rates):
+        raise table.error("rates", "give a type twice")
     table.finish()
-    return Device(name, title, description, architecture, cores, threads, memory, build)
+    return Device(name, title, description, architecture, cores, threads, memory, build, rates)
+
+
+def _rates(table: _Table) -> Rates:
+    from skipcat_edge.weight_types import weight_type
+
+    try:
+        type_ = weight_type(table.text("type")).name
+    except UserError as error:
+        raise table.error("type", f"is wrong: {error}") from None
+    rates = Rates(type_, table.positive("prompt"), table.positive("decode"), table.text("source"))
+    table.finish()
+    return rates
 
 
 def _cores(table: _Table, architecture: str) -> Cores:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from skipcat_edge.model_table import ModelDimensions
     from skipcat_edge.synth_plan import Plan as PlannedModel
 
-PROCESS_BYTES = 56_000_000
-"""Resident before a model is there: Python, NumPy and the library. Measured with `bench` on x86-64 Linux."""
-TOKEN_BYTES = 400
-"""What a token's text and its merge cost in the file and in llama.cpp's tables together."""
+# Fitted to the peaks that `bench` reported on x86-64 Linux for random-weight models of Llama 3.2 1B,
+# Qwen2.5 0.5B and TinyLlama; none was off by more than 2 %.
+PROCESS_BYTES = 55_000_000
+"""Resident before a model is there: Python, NumPy and the library."""
+TOKEN_BYTES = 350
+"""Of the vocabulary, for each token: its text, and tables of the tokenizer."""
+_BATCH_FLOATS_PER_FF = 4.1
+"""Intermediate results that a batch touches, for each token and output of the feed-forward. llama.cpp
+reserves more, for the logits of all tokens, but memory that nobody writes to takes no room."""
 
 # Type -> features of which one makes ggml keep a second copy of the weights in the order its kernels read
 # them, as ggml_repack_get_optimal_repack_type of the pinned llama.cpp decides, and the rows it needs.
@@ -37,42 +42,43 @@ _REPACKED: dict[str, tuple[frozenset[str], int]] = {
 class MemoryNeed:
     """Bytes while a model runs."""
 
-    file: int
-    """The mapped file: its weights, and its vocabulary."""
+    weights: int
+    """The mapped file."""
     repacked: int
-    """A second copy of the weights, in the order that the kernels read them."""
+    """A second copy of weights, in the order that the kernels read them."""
     kv: int
     """Keys and values of a full context."""
     compute: int
-    """Intermediate results, and logits."""
+    """Intermediate results of the longest batch."""
     process: int
+    """The program itself, and the vocabulary."""
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.file + self.repacked + self.kv + self.compute + self.process
+        """The most that is resident at a time."""
+        return self.weights + self.repacked + self.kv + self.compute + self.process
 
 
-def memory_need(model: PlannedModel, context: int, features: Collection[str]) -> MemoryNeed:
-    """What `model` needs with a context of `context` tokens on a CPU with `features` (device.FEATURES)."""
+def memory_need(model: PlannedModel, context: int, prompt_tokens: int,
+                features: Collection[str]) -> MemoryNeed:
+    """What `model` needs with a context of `context` tokens and prompts of `prompt_tokens` on a CPU with
+    `features` (device.FEATURES)."""
     dimensions = model.model
-    vocabulary = TOKEN_BYTES * dimensions.n_vocab
     return MemoryNeed(
-        file=model.nbytes, repacked=_repacked(model, features), kv=kv_bytes(dimensions, context),
-        compute=compute_bytes(dimensions, context), process=PROCESS_BYTES + vocabulary,
+        weights=model.nbytes, repacked=_repacked(model, features), kv=kv_bytes(dimensions, context),
+        compute=round(4 * _BATCH_FLOATS_PER_FF * dimensions.n_ff * min(prompt_tokens, BATCH)),
+        process=PROCESS_BYTES + TOKEN_BYTES * dimensions.n_vocab,
     )
 
 
 def kv_bytes(model: ModelDimensions, context: int) -> int:
-    """Keys and values of `context` tokens (rounded up as llama.cpp does) in F16."""
-    context = -(-context // CONTEXT_STEP) * CONTEXT_STEP
-    return 2 * 2 * model.n_head_kv * model.head_dim * model.n_layer * context
+    """Keys and values of `context` tokens, rounded up as llama.cpp does."""
+    return kv_bytes_per_token(model) * -(-context // CONTEXT_STEP) * CONTEXT_STEP
 
 
-def compute_bytes(model: ModelDimensions, context: int) -> int:
-    """llama.cpp's compute buffer of a batch: the logits of all its tokens, which it reserves room for, or
-    what a feed-forward holds at once; and the input of the head."""
-    return 4 * BATCH * (max(model.n_vocab, 2 * model.n_ff) + 2 * model.n_embd)
+def kv_bytes_per_token(model: ModelDimensions) -> int:
+    """Of a key and a value in F16, in all layers."""
+    return 2 * 2 * model.n_head_kv * model.head_dim * model.n_layer
 
 
 def _repacked(model: PlannedModel, features: Collection[str]) -> int:

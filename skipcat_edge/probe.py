@@ -72,28 +72,31 @@ class Probe:
 
     def prompt_s(self, model: PlannedModel, tokens: int) -> float | None:
         """Seconds of a prompt of `tokens` tokens; None for a type that was not probed."""
-        return self._total(model, lambda cost: cost.prompt_s * tokens / self.prompt_tokens, tokens)
+        costs = self.types.get(model.type.name)
+        layer = None if costs is None else _layer_s(costs, model, lambda cost: cost.prompt_s)
+        if costs is None or layer is None:
+            return None
+        # logits are computed for the last token alone
+        return model.model.n_layer * layer * tokens / self.prompt_tokens + costs.head.prompt_s
 
     def decode_s(self, model: PlannedModel, depth: float) -> float | None:
         """Seconds of a token after `depth` others; None for a type that was not probed."""
-        total = self._total(model, lambda cost: cost.decode_s, 1)
-        return None if total is None else total + model.model.n_layer * self.attention_s * depth
-
-    def _total(self, model: PlannedModel, of: Callable[[Cost], float], tokens: int) -> float | None:
         costs = self.types.get(model.type.name)
-        if costs is None:
+        layer = None if costs is None else _layer_s(costs, model, lambda cost: cost.decode_s)
+        if costs is None or layer is None:
             return None
-        layers, dense = model.model.n_layer, of(costs.dense)
-        layer = dense
-        if model.low_rank:
-            if costs.low_rank is None:
-                return None
-            # as a dense layer changes with its parameters, from the low-rank layer that was timed
-            more = model.linear_parameters / layers - costs.low_rank_parameters
-            layer = of(costs.low_rank) + more * dense / costs.dense_parameters
-        # logits are computed for the last token alone, however long the prompt
-        head = costs.head.decode_s if tokens == 1 else costs.head.prompt_s
-        return layers * layer + head
+        return model.model.n_layer * (layer + self.attention_s * depth) + costs.head.decode_s
+
+
+def _layer_s(costs: TypeCosts, model: PlannedModel, of: Callable[[Cost], float]) -> float | None:
+    dense = of(costs.dense)
+    if not model.low_rank:
+        return dense
+    if costs.low_rank is None:
+        return None
+    # as a dense layer changes with its parameters, from the low-rank layer that was timed
+    more = model.linear_parameters / model.model.n_layer - costs.low_rank_parameters
+    return of(costs.low_rank) + more * dense / costs.dense_parameters
 
 
 def steps(types: Sequence[object]) -> int:

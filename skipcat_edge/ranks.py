@@ -14,6 +14,17 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
 
 
+def parse_ratios(text: str) -> list[float]:
+    """`1,0.9,0.8` as numbers, the largest first. Raises UserError for anything else, or out of range."""
+    try:
+        ratios = sorted({float(part) for part in text.split(",")}, reverse=True)
+    except ValueError:
+        raise UserError(f"--ratios is {text!r}; give numbers with commas between them.") from None
+    for ratio in ratios:
+        check_ratio(ratio)
+    return ratios
+
+
 def uniform_rank(m: int, n: int, ratio: float, skip: bool, grid: int) -> int:
     """The largest rank of a factored W: [m, n] that keeps at most `ratio` of its parameters.
 

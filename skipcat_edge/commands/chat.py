@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
+if TYPE_CHECKING:
+    from skipcat_edge.conversation import Conversation
+
+_HELP = """\
+/clear          forget the conversation
+/system TEXT    tell the model something before all turns, and start anew; without TEXT: nothing
+/exit           leave; so does Ctrl-D
+Ctrl-C stops a reply, or forgets what was typed.
+A line that ends in \\ goes on in the next one; all lines between two \""" are one message."""
+
 
 @click.command(short_help="Chat with a model.",
-               epilog=example("chat llama.gguf"))
+               epilog=example("chat llama.gguf --system 'Answer in one sentence.'"))
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--system", help="What the model is told before the conversation.")
 @click.option("-n", "--tokens", default=512, show_default=True, type=click.IntRange(min=1),
               help="Most tokens of one reply.")
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(min=64),
@@ -22,47 +33,59 @@ from skipcat_edge.errors import UserError
               help="Temperature; 0 always takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="Makes a temperature above 0 repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
-def command(file: Path, tokens: int, context: int, temp: float, seed: int | None,
+def command(file: Path, system: str | None, tokens: int, context: int, temp: float, seed: int | None,
             threads: int | None) -> None:
     """Chat with the model in FILE.
 
-    One line is one message; /exit or Ctrl-D leaves, Ctrl-C cuts a reply short. Replies go to
-    standard output and everything else to standard error, so it works in a pipe too.
+    A line is a message; /help tells how to write longer ones, and what else there is. Ctrl-C stops a reply,
+    Ctrl-D leaves. Replies go to standard output and everything else to standard error, so it works in a pipe
+    too.
     """
+    from skipcat_edge.chat_input import line_reader, read_message
     from skipcat_edge.conversation import Conversation
     from skipcat_edge.generation import Sampling
     from skipcat_edge.session import model_info, open_generative
 
     context = min(context, model_info(file).context_length or context)
     conversation = Conversation(open_generative(file, context, threads), context=context, max_tokens=tokens,
-                                sampling=Sampling(temp, seed))
+                                sampling=Sampling(temp, seed), system=system)
     if not conversation.has_template:
         click.echo(f"{file.name} has no chat template: what you write is continued.", err=True)
-    while (line := _read_line()) is not None and line != "/exit":
-        if not line:
-            continue
+    read = line_reader()
+    while True:
         try:
-            reply = conversation.reply(line, emit=lambda text: click.echo(text, nl=False))
-        except UserError as error:
-            click.echo(error.message, err=True)
+            message = read_message(read)
+        except KeyboardInterrupt:  # it may have come just after a reply's end
+            click.echo("\n(Ctrl-D leaves)", err=True)
             continue
-        click.echo()
-        if reply.statistics.stop in ("token limit", "context full"):
-            click.echo(f"(cut short: {reply.statistics.stop})", err=True)
-        if reply.dropped:
-            turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
-            click.echo(f"(context full: the oldest {turns} dropped)", err=True)
+        if message is None or message == "/exit":
+            return
+        if message.startswith("/"):
+            _obey(message, conversation)
+        elif message:
+            _answer(conversation, message)
 
 
-def _read_line() -> str | None:
-    """The next line without surrounding space; None at the end of the input or at Ctrl-C."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.strip() if line else None
-    import readline  # noqa: F401  (gives input() a history and editing keys)
+def _obey(message: str, conversation: Conversation) -> None:
+    name, _, rest = message.partition(" ")
+    if name == "/clear":
+        conversation.turns.clear()
+    elif name == "/system":
+        conversation.system = rest.strip() or None
+        conversation.turns.clear()
+    else:
+        click.echo(_HELP if name == "/help" else f"There is no {name}; /help lists the commands.", err=True)
 
+
+def _answer(conversation: Conversation, message: str) -> None:
     try:
-        return input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        click.echo()
-        return None
+        reply = conversation.reply(message, emit=lambda text: click.echo(text, nl=False))
+    except UserError as error:
+        click.echo(error.message, err=True)
+        return
+    click.echo()
+    notes = [str(reply.statistics)]
+    if reply.dropped:
+        turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
+        notes.append(f"context full: the oldest {turns} dropped")
+    click.echo(f"({'; '.join(notes)})", err=True)

@@ -101,6 +101,10 @@ def _print_one(device: Device) -> None:
         console.print(f"{what}: {figure if source else 'not known'}")
         if source:
             _print_source(console, source)
+    for rates in device.rates:
+        console.print(escape(f"{rates.type}: {rates.prompt / 1e9:.1f} billion multiplications per second of "
+                             f"a prompt, {rates.decode / 1e9:.1f} GB/s of decoding"))
+        _print_source(console, rates.source)
     console.print(escape(f"code for it alone: -march={build.march}"
                          f"{', in static programs only' if build.android else ''}"))
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from skipcat_edge.commands.examples import example
-from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
     from skipcat_converter.sweep import Impossible, SweepRow
@@ -42,15 +41,10 @@ def command(
     """
     from skipcat_edge.extra import phases, require_converter
     from skipcat_edge.gguf_file import open_gguf
-    from skipcat_edge.ranks import check_ratio
+    from skipcat_edge.ranks import parse_ratios
     from skipcat_edge.weight_types import weight_type
 
-    try:
-        shares = sorted({float(part) for part in ratios.split(",")}, reverse=True)
-    except ValueError:
-        raise UserError(f"--ratios is {ratios!r}; give numbers with commas between them.") from None
-    for ratio in shares:
-        check_ratio(ratio)
+    shares = parse_ratios(ratios)
     types = [weight_type(name, have_importance=True) for name in dict.fromkeys(quant)]
     require_converter()
     if base is not None:
