@@ -11,16 +11,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
-
-Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
-"""Opens a progress display (title, total) and gives the function that advances it."""
+from skipcat_edge.extra import Phase
 
 _EXACT = {GGMLQuantizationType.F32: "f32", GGMLQuantizationType.BF16: "bf16"}
 

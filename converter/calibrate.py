@@ -10,9 +10,9 @@ import torch
 from gguf import GGUFReader
 
 from skipcat_edge.errors import UserError
+from skipcat_edge.extra import Phase
 from skipcat_edge.output import atomic_output
 
-from .base_gguf import Phase
 from .calibration import DEFAULT_SEQ_LEN, DEFAULT_TOKENS, load_calibration
 from .layers import LayerMap, keeps_input_order, linear_weight, map_layers
 from .source_model import SourceModel, load_source

@@ -13,9 +13,10 @@ from gguf import GGUFReader, GGUFValueType
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
+from skipcat_edge.extra import Phase
 from skipcat_edge.output import atomic_output
 
-from .base_gguf import Phase, open_base
+from .base_gguf import open_base
 from .calibrate import CalibrationOptions, checked_layers, load_model, obtain_statistics
 from .calibration import load_calibration, require_calibration
 from .compensation import Compensation, open_compensation

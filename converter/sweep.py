@@ -10,8 +10,9 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from skipcat_edge.errors import UserError
+from skipcat_edge.extra import Phase
 
-from .base_gguf import Phase, open_base
+from .base_gguf import open_base
 from .calibrate import CalibrationOptions, obtain_statistics
 from .compression import Weights
 from .factorize import Method

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipcat_edge.bench import Result, Spread, steadiness
+from skipcat_edge.benchmark import Result, Spread, steadiness
 from skipcat_edge.conditions import Conditions
 from skipcat_edge.device import Device, load_device
 from skipcat_edge.errors import UserError

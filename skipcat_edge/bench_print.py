@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcat_edge.bench import Result, Spread
 from skipcat_edge.bench_rows import Change
+from skipcat_edge.benchmark import Result, Spread
 from skipcat_edge.terminal import decimal_bytes, new_table, ranges
 
 if TYPE_CHECKING:

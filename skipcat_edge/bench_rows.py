@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from skipcat_edge.bench import Result, Spread
+from skipcat_edge.benchmark import Result, Spread
 from skipcat_edge.errors import UserError
 
 Row = Mapping[str, Any]

@@ -44,8 +44,8 @@ class _Text:
     """Its number of tokens."""
 
 
-def evaluate(file: Path, text: str, *, name: str = "The text", window: int = 256,
-             max_tokens: int | None = None, reference: Path | None = None, cache: bool = True,
+def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int = 256,
+             max_tokens: int | None = None, reference: str | Path | None = None, cache: bool = True,
              samples: int = 0, sample_tokens: int = 48, threads: int | None = None,
              begin: Begin = lambda title, total: lambda: None) -> Evaluation:
     """Perplexity of `file` on `text` (called `name` in errors) in windows of `window` tokens, divergence from
@@ -54,22 +54,23 @@ def evaluate(file: Path, text: str, *, name: str = "The text", window: int = 256
     With `cache`, the reference's logits are kept on disk and one model is in memory at a time. Raises
     UserError for what cannot be read, loaded or compared.
     """
-    if reference is not None:
-        check_reference(file, reference)
-    read = _tokenize(file, text, name, window, max_tokens, samples)
+    model, dense_file = Path(file), None if reference is None else Path(reference)
+    if dense_file is not None:
+        check_reference(model, dense_file)
+    read = _tokenize(model, text, name, window, max_tokens, samples)
     theirs: list[str | None] = [None] * len(read.prompts)
     dense: Reference | None = None
-    if reference is not None:
+    if dense_file is not None:
         if cache:
-            dense = stored_reference(reference, read.windows, read.vocabulary,
-                                     lambda: open_for_perplexity(reference, window, threads),
-                                     lambda: begin(f"windows of {reference.name}", len(read.windows)))
+            dense = stored_reference(dense_file, read.windows, read.vocabulary,
+                                     lambda: open_for_perplexity(dense_file, window, threads),
+                                     lambda: begin(f"windows of {dense_file.name}", len(read.windows)))
         else:
-            dense = LiveReference(open_for_perplexity(reference, window, threads))
-        theirs = [*_samples(reference, read.prompts, sample_tokens, threads)]
-    llama = open_for_perplexity(file, window, threads)
+            dense = LiveReference(open_for_perplexity(dense_file, window, threads))
+        theirs = [*_samples(dense_file, read.prompts, sample_tokens, threads)]
+    llama = open_for_perplexity(model, window, threads)
     try:
-        advance = begin(f"windows of {file.name}", len(read.chunks))
+        advance = begin(f"windows of {model.name}", len(read.chunks))
         if dense is None:
             found, divergence = perplexity(llama, read.chunks, advance), None
         else:
@@ -78,7 +79,7 @@ def evaluate(file: Path, text: str, *, name: str = "The text", window: int = 256
         llama.close()
         if isinstance(dense, LiveReference):
             dense.close()
-    ours = _samples(file, read.prompts, sample_tokens, threads)
+    ours = _samples(model, read.prompts, sample_tokens, threads)
     return Evaluation(found, divergence, tuple(map(Sample, read.beginnings, ours, theirs)))
 
 

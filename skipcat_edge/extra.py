@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 
 from skipcat_edge.errors import UserError
+
+Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
+"""Hears a title and a total, and gives what is told how much of it is done."""
 
 
 def require_converter() -> None:
@@ -22,8 +25,8 @@ def require_converter() -> None:
 
 
 @contextmanager
-def phases() -> Iterator[Callable[[str, float], object]]:
-    """Gives the stages' `Phase`: one bar with time left per phase."""
+def phases() -> Iterator[Phase]:
+    """Gives the stages one bar with time left per phase."""
     from skipcat_edge.terminal import new_progress
 
     with new_progress() as progress:

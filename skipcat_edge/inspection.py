@@ -83,12 +83,13 @@ class Inspection:
         }
 
 
-def inspect(path: Path) -> Inspection:
-    """Read `path`, without llama.cpp.
+def inspect(path: str | Path) -> Inspection:
+    """Read `path`, a GGUF file, without llama.cpp.
 
     Raises UserError if it is missing, not GGUF, cut short or damaged, and FormatError, with the
     file's and the tensor's name, where it breaks the low-rank format.
     """
+    path = Path(path)
     reader = open_gguf(path)
     try:
         owners = tuple(fmt.read_owners(reader))

@@ -26,7 +26,6 @@ from conversion import DEMO, quiet
 from gguf import GGUFReader, GGUFWriter
 from quality_report import FEEDBACK, IMATRIX, LOW_RANK, PLAIN, write_report
 from safetensors import safe_open
-from skipcat_converter.base_gguf import Phase
 from skipcat_converter.calibration import split_sentences
 from skipcat_converter.factorize import METHODS, Method
 from skipcat_converter.pipeline import ConvertOptions, convert
@@ -36,6 +35,7 @@ from skipcat_converter.writer import OutputTypes
 
 from skipcat_edge import divergence, embedding_eval
 from skipcat_edge.errors import UserError
+from skipcat_edge.extra import Phase
 from skipcat_edge.format import block_size
 from skipcat_edge.inspection import inspect
 from skipcat_edge.perplexity import text_chunks

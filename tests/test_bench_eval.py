@@ -19,7 +19,7 @@ import pytest
 from command_line import run
 from gguf import GGUFWriter, PoolingType
 
-from skipcat_edge.bench import Spread, bench
+from skipcat_edge.benchmark import Spread, bench
 from skipcat_edge.embedding_eval import EmbeddingSimilarity, compare, lines_of
 from skipcat_edge.errors import UserError
 from skipcat_edge.perplexity import negative_log_likelihoods, perplexity, start_token, text_chunks

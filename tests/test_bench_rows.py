@@ -12,8 +12,8 @@ import pytest
 from command_line import run
 
 from skipcat_edge import bench_rows
-from skipcat_edge.bench import Result, Spread, sweep
 from skipcat_edge.bench_print import change_table, sentences, table_of
+from skipcat_edge.benchmark import Result, Spread, sweep
 from skipcat_edge.conditions import Conditions
 from skipcat_edge.errors import UserError
 from skipcat_edge.terminal import as_markdown

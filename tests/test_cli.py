@@ -79,7 +79,7 @@ def test_importing_a_device_command_loads_nothing_heavy(name: str) -> None:
 
 
 def test_what_the_device_commands_use_never_loads_torch() -> None:
-    modules = "bench bench_worker conversation embedding_eval generation inspection perplexity session"
+    modules = "benchmark bench_worker conversation embedding_eval generation inspection perplexity session"
     imports = "; ".join(f"import skipcat_edge.{module}" for module in modules.split())
     assert modules_after(imports).isdisjoint({"torch", "transformers", "llama_cpp"})
 

@@ -15,8 +15,8 @@ from skipcat_edge.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from skipcat_edge.bench import Result
     from skipcat_edge.bench_rows import Row, Setting
+    from skipcat_edge.benchmark import Result
     from skipcat_edge.device import Device
 
 
@@ -98,8 +98,8 @@ _Plan = tuple["Callable[..., list[Result]]", "Callable[[int, int], int]", "Calla
 
 def _here(name: str | None, threads: list[int] | None, bandwidth: bool) -> _Plan:
     from skipcat_edge.bandwidth import affordable_bandwidth
-    from skipcat_edge.bench import bench, steps, sweep
     from skipcat_edge.bench_rows import this_machine
+    from skipcat_edge.benchmark import bench, steps, sweep
     from skipcat_edge.cores import usable_cores
     from skipcat_edge.device import load_device
     from skipcat_edge.session import default_threads

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from skipcat_edge.commands.examples import example
-from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
     from skipcat_converter.pipeline import ConvertResult
@@ -78,60 +76,19 @@ def command(
     force: bool,
 ) -> None:
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
-    from skipcat_edge.extra import phases, require_converter
-    from skipcat_edge.output import check_output
-    from skipcat_edge.ranks import check_ratio
+    from skipcat_edge.conversion import convert
+    from skipcat_edge.extra import phases
     from skipcat_edge.sizes import parse_size
-    from skipcat_edge.weight_types import weight_type
 
-    if sum(given is not None for given in (ratio, budget, bpw)) > 1:
-        raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
-    ratio = 0.8 if ratio is None else ratio
-    check_ratio(ratio)
-    if bpw is not None and not math.isfinite(bpw):
-        raise UserError("--bpw must be a finite number, for example 3.6.")
-    if stats is not None and stats.absolute() == output.absolute():
-        raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
-    size = None if budget is None else parse_size(budget)
-    low_rank = ratio < 1 or budget is not None or bpw is not None
-    linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
-    head = weight_type(head_quant) if head_quant else None
-    check_output(output, force)
-    require_converter()
-    from skipcat_converter.calibration import require_calibration
-    from skipcat_converter.factorize import METHODS as KNOWN
-    from skipcat_converter.pipeline import ConvertOptions, convert
-    from skipcat_converter.quantized import Rounding
-    from skipcat_converter.source_model import resolve_source
-    from skipcat_converter.writer import OutputTypes
-
-    if low_rank and not (stats is not None and stats.exists()):
-        require_calibration(KNOWN[method], calibration)
-    if stats is not None and not stats.exists():
-        check_output(stats, force=False)
-    if stats is not None and not stats.exists() and calibration is None:
-        raise UserError(f"{stats} does not exist, and there is no text to take statistics from; "
-                        "pass --calibration FILE.")
-    if no_grad and KNOWN[method].two_sided and low_rank and allocation is None:
-        click.echo("Without gradients nothing tells which layers the loss depends on: ranks become uniform, "
-                   "and quality falls to about that of --method skipcat (docs/quality.md).", err=True)
-    from skipcat_edge.gguf_file import open_gguf
-    from skipcat_edge.runtime.source import stock_tree
-
-    directory = resolve_source(source)
-    if base is not None:
-        open_gguf(base)
-    options = ConvertOptions(
-        source=directory, output=output, method=KNOWN[method], ratio=ratio, budget=size, bpw=bpw,
-        allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
-        gradients=not no_grad, compensate=not no_compensation,
-        types=OutputTypes(linear, head), tree=stock_tree(runtime_source), base=base,
-        source_name=None if Path(source).is_dir() else source,
-        calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
-        force=force,
-    )
     with phases() as phase:
-        result = convert(options, phase)
+        result = convert(
+            source, output, ratio=ratio, budget=None if budget is None else parse_size(budget), bpw=bpw,
+            quant=quant, head_quant=head_quant, method=method, allocation=allocation, rounding=rounding,
+            calibration=calibration, stats=stats, compensate=not no_compensation, gradients=not no_grad,
+            calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, base=base,
+            runtime_source=runtime_source, force=force, phase=phase,
+            warn=lambda text: click.echo(text, err=True),
+        )
     _report(output, result)
 
 

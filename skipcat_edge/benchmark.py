@@ -13,6 +13,7 @@ from skipcat_edge.bench_process import BenchProcess
 from skipcat_edge.bench_worker import Job
 from skipcat_edge.conditions import Conditions, conditions, look
 from skipcat_edge.gguf_file import require_gguf
+from skipcat_edge.session import default_threads
 from skipcat_edge.traffic import weight_bytes_per_token
 
 
@@ -90,11 +91,11 @@ def steadiness(*speeds: Sequence[float]) -> float:
     return min(series[-1] / series[0] for series in speeds if series)
 
 
-def bench(files: Sequence[str], *, prompt_tokens: int, gen_tokens: int, threads: Sequence[int],
-          repetitions: int, bandwidth: Callable[[int], float] | None = None,
+def bench(files: Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: int = 64,
+          threads: Sequence[int] = (), repetitions: int = 5, bandwidth: Callable[[int], float] | None = None,
           advance: Callable[[str], None] = lambda _: None) -> list[Result]:
-    """Measure `files` with each number of `threads`, one process each, one repetition of each in turn, after
-    a warm-up of each.
+    """Measure `files` with each number of `threads` (none: one for each physical core), one process each, one
+    repetition of each in turn, after a warm-up of each.
 
     Turns spread the machine's moods evenly, so that files can be compared. `advance` hears the file before
     each of the `steps` steps. Prompt: `prompt_tokens` random tokens in one batch; decode: `gen_tokens` tokens
@@ -104,15 +105,17 @@ def bench(files: Sequence[str], *, prompt_tokens: int, gen_tokens: int, threads:
     Returns a result for each file and number of threads, files first. Raises UserError if a file cannot be
     loaded or a process fails.
     """
-    for file in files:
-        require_gguf(Path(file))
+    names = [str(file) for file in files]
+    threads = threads or [default_threads()]
+    for name in names:
+        require_gguf(Path(name))
     read_bandwidths = {count: bandwidth(count) for count in threads} if bandwidth else {}
     with ExitStack() as stack:
         subjects: list[_Subject] = []
-        for file in files:
-            process = BenchProcess(Job(file, prompt_tokens, gen_tokens, max(threads)))
+        for name in names:
+            process = BenchProcess(Job(name, prompt_tokens, gen_tokens, max(threads)))
             stack.callback(process.stop)
-            subjects.append(_Subject(file, process))
+            subjects.append(_Subject(name, process))
         before = look()
         for repetition in range(repetitions + 1):
             for count in threads if repetition else threads[:1]:

@@ -1,0 +1,107 @@
+"""Converting a model, as the command `convert` does, from Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipcat_edge.errors import UserError
+from skipcat_edge.extra import Phase
+
+if TYPE_CHECKING:
+    from skipcat_converter.pipeline import ConvertResult
+
+@contextmanager
+def _silent(_title: str, _total: float) -> Iterator[Callable[[float], None]]:
+    yield lambda amount: None
+
+
+def convert(source: str | Path, output: str | Path, *, ratio: float | None = None, budget: int | None = None,
+            bpw: float | None = None, quant: str = "Q8_0", head_quant: str | None = None,
+            method: str = "auto", allocation: str | None = None, rounding: str = "feedback",
+            calibration: str | Path | None = None, stats: str | Path | None = None,
+            compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None, seq_len: int | None = None, device: str = "cpu",
+            seed: int | None = None, base: str | Path | None = None, runtime_source: str | Path | None = None,
+            force: bool = False, phase: Phase = _silent,
+            warn: Callable[[str], None] = lambda text: None) -> ConvertResult:
+    """Compress `source`, a Hugging Face directory or hub id, into the GGUF file `output`.
+
+    Args:
+        ratio: kept share of the linear layers' parameters, in (0, 1]; 0.8 unless one of the next two is
+            given. 1 writes a plain dense file.
+        budget: bytes of the whole file instead.
+        bpw: bits per dense weight of the linear layers instead.
+        quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
+        method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
+        calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
+        stats: file that keeps the calibration's statistics, or holds them.
+        compensate, gradients: as --no-compensation and --no-grad, the other way round.
+        base: dense GGUF of the same model, instead of converting it here.
+        runtime_source: pinned llama-cpp-python archive (None: fetch it).
+        phase: hears the stages' progress; `warn` a sentence for the user.
+
+    Raises:
+        UserError: for bad input; the extra `convert` or the runtime is missing. Then nothing is written.
+    """
+    from skipcat_edge.extra import require_converter
+    from skipcat_edge.output import check_output
+    from skipcat_edge.ranks import check_ratio
+    from skipcat_edge.weight_types import weight_type
+
+    output = Path(output)
+    calibration, stats, base, runtime_source = map(_path, (calibration, stats, base, runtime_source))
+    if sum(given is not None for given in (ratio, budget, bpw)) > 1:
+        raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
+    ratio = 0.8 if ratio is None else ratio
+    check_ratio(ratio)
+    if bpw is not None and not math.isfinite(bpw):
+        raise UserError("--bpw must be a finite number, for example 3.6.")
+    if stats is not None and stats.absolute() == output.absolute():
+        raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
+    low_rank = ratio < 1 or budget is not None or bpw is not None
+    linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
+    head = weight_type(head_quant) if head_quant else None
+    check_output(output, force)
+    require_converter()
+    from skipcat_converter.calibration import require_calibration
+    from skipcat_converter.factorize import METHODS
+    from skipcat_converter.pipeline import ConvertOptions
+    from skipcat_converter.pipeline import convert as run
+    from skipcat_converter.quantized import Rounding
+    from skipcat_converter.source_model import resolve_source
+    from skipcat_converter.writer import OutputTypes
+
+    if method not in METHODS:
+        raise UserError(f"There is no method {method}; the known ones are {', '.join(METHODS)}.")
+    if low_rank and not (stats is not None and stats.exists()):
+        require_calibration(METHODS[method], calibration)
+    if stats is not None and not stats.exists():
+        check_output(stats, force=False)
+    if stats is not None and not stats.exists() and calibration is None:
+        raise UserError(f"{stats} does not exist, and there is no text to take statistics from; "
+                        "pass --calibration FILE.")
+    if not gradients and METHODS[method].two_sided and low_rank and allocation is None:
+        warn("Without gradients nothing tells which layers the loss depends on: ranks become uniform, "
+             "and quality falls to about that of --method skipcat (docs/quality.md).")
+    from skipcat_edge.gguf_file import open_gguf
+    from skipcat_edge.runtime.source import stock_tree
+
+    directory = resolve_source(str(source))
+    if base is not None:
+        open_gguf(base)
+    options = ConvertOptions(
+        source=directory, output=output, method=METHODS[method], ratio=ratio, budget=budget, bpw=bpw,
+        allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
+        gradients=gradients, compensate=compensate, types=OutputTypes(linear, head),
+        tree=stock_tree(runtime_source), base=base,
+        source_name=None if Path(source).is_dir() else str(source), calibration=calibration,
+        calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, force=force,
+    )
+    return run(options, phase)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
