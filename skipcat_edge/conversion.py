@@ -23,9 +23,10 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
             bpw: float | None = None, quant: str = "Q8_0", head_quant: str | None = None,
             method: str = "auto", allocation: str | None = None, rounding: str = "feedback",
             calibration: str | Path | None = None, stats: str | Path | None = None,
-            compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None, seq_len: int | None = None, device: str = "cpu",
-            seed: int | None = None, base: str | Path | None = None, runtime_source: str | Path | None = None,
-            force: bool = False, phase: Phase = _silent,
+            compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None,
+            seq_len: int | None = None, device: str = "cpu", seed: int | None = None,
+            base: str | Path | None = None, runtime_source: str | Path | None = None, force: bool = False,
+            phase: Phase = _silent,
             warn: Callable[[str], None] = lambda text: None) -> ConvertResult:
     """Compress `source`, a Hugging Face directory or hub id, into the GGUF file `output`.
 
