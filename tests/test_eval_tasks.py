@@ -110,7 +110,7 @@ def both(request: pytest.FixtureRequest, folder: Path, demo_dense_gguf: Path) ->
     from skipcat_edge.lm_eval_adapter import GgufLM
 
     names, length = ("choose", "roll", "write"), request.param
-    model = GgufLM(demo_dense_gguf, length=length)
+    model = GgufLM(demo_dense_gguf, length=length, threads=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         yield answers(model, folder, *names), answers(hugging_face(max_length=length), folder, *names)
@@ -152,7 +152,7 @@ def test_the_command_tells_what_lm_eval_computed(
     if "short" in request.node.name:
         pytest.skip("once is enough")
     found = run_json("eval", demo_low_rank_gguf, "--tasks", "choose,roll,write", "--task-path", folder,
-                     "--reference", demo_dense_gguf)
+                     "--reference", demo_dense_gguf, "--threads", 1)
     rows = {(row["task"], row["metric"]): row for row in found["tasks"]}
     assert rows.keys() == {("choose", "acc"), ("choose", "acc_norm"), ("roll", "word_perplexity"),
                            ("write", "exact_match")}
@@ -185,7 +185,7 @@ def test_shared_beginnings_are_read_once_and_change_nothing(demo_dense_gguf: Pat
     from skipcat_edge.scoring import Reader, score
     from skipcat_edge.session import open_model
 
-    llama = open_model(demo_dense_gguf, context=512)
+    llama = open_model(demo_dense_gguf, context=512, threads=1)
     requests = []
     for sample in choices():
         context = encode(llama, sample["context"] or "Tom")
@@ -232,7 +232,7 @@ finally:
 def test_a_local_task_file_needs_no_network_and_makes_no_noise(folder: Path, demo_dense_gguf: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, "eval", demo_dense_gguf, "--tasks", "choose", "--task-path", folder,
-         "--limit", "3", "--text", DEMO / "calibration.txt", "--max-tokens", "300"],
+         "--limit", "3", "--text", DEMO / "calibration.txt", "--max-tokens", "300", "--threads", "1"],
         capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stderr
