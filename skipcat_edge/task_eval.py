@@ -214,3 +214,8 @@ def _beside(ours: TaskResult, dense: Sequence[TaskResult]) -> TaskResult:
         if (theirs.task, theirs.metric, theirs.filter) == (ours.task, ours.metric, ours.filter):
             return TaskResult(**{**asdict(ours), "reference": theirs.value, "reference_se": theirs.value_se})
     return ours
+
+
+def with_error(value: float, error: float | None) -> str:
+    """`0.7123 ± 0.0045`; without the error where there is none."""
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -53,7 +53,7 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
               help="Dense GGUF of the same model, instead of converting it here.")
 @click.option("--runtime-source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Pinned llama-cpp-python archive, whose converter is used.  [default: fetch it]")
-@click.option("--force", is_flag=True, help="Replace the output file.")
+@click.option("--force", is_flag=True, help="Replace the output file and its card.")
 def command(
     source: str,
     output: Path,
@@ -77,7 +77,12 @@ def command(
     runtime_source: Path | None,
     force: bool,
 ) -> None:
-    """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
+    """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF.
+
+    A model card is written beside it, `llama.md` beside `llama.gguf`: the source and its licence, the
+    method, and how to run it. `eval --card` puts figures into it, and `push` uploads both.
+    """
+    from skipcat_edge.card import card_path
     from skipcat_edge.extra import phases, require_converter
     from skipcat_edge.output import check_output
     from skipcat_edge.ranks import check_ratio
@@ -97,6 +102,7 @@ def command(
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
+    check_output(card_path(output), force)
     require_converter()
     from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS as KNOWN
@@ -128,7 +134,7 @@ def command(
         types=OutputTypes(linear, head), tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else source,
         calibration=calibration, calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
-        force=force,
+        card=card_path(output), force=force,
     )
     with phases() as phase:
         result = convert(options, phase)
@@ -136,9 +142,10 @@ def command(
 
 
 def _report(output: Path, result: ConvertResult) -> None:
+    from skipcat_edge.card import card_path
     from skipcat_edge.terminal import decimal_bytes
 
-    click.echo(f"{output}: {decimal_bytes(result.output_bytes)}")
+    click.echo(f"{output}: {decimal_bytes(result.output_bytes)}; its card: {card_path(output).name}")
     if result.owners:
         worst = max(result.owners, key=lambda report: report.error)
         click.echo(f"the linear layers keep {result.kept:.4f} of their parameters, in "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from skipcat_edge.card import Figure
     from skipcat_edge.embedding_eval import EmbeddingSimilarity
     from skipcat_edge.evaluation import Begin, Evaluation
     from skipcat_edge.task_eval import TaskResult
@@ -45,11 +46,15 @@ if TYPE_CHECKING:
               help="Tokens of each continuation.")
 @click.option("--cache/--no-cache", default=True, show_default=True,
               help="Keep the reference's logits on disk, for the next file that is compared with it.")
+@click.option("--card", is_flag=True,
+              help="Put the figures into FILE's model card, which lies beside it; it is made where there is "
+                   "none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
             context: int | None, window: int, max_tokens: int | None, reference: Path | None,
-            samples: int, sample_tokens: int, cache: bool, threads: int | None, as_json: bool) -> None:
+            samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
+            as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -77,6 +82,11 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     if names == []:
         raise UserError("--tasks names no task; give one, for example arc_easy.")
     values: dict[str, Any] = {}
+    figures: list[Figure] = []
+    if card:
+        from skipcat_edge import card_figures
+
+        card_figures.require_card(file)
     if model_info(file).embedding:
         if names is not None or text is None:
             raise UserError(f"{file} is an embedding model and answers no tasks; use --text and --reference.")
@@ -88,6 +98,8 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
             raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
         similarity = _similarity(file, reference, text, threads)
         values = asdict(similarity)
+        if card:
+            figures += card_figures.similarity_figures(similarity, file, text, reference)
         if not as_json:
             click.echo(f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
                        f"over {similarity.lines:,} lines")
@@ -95,16 +107,23 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
         found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
                           samples=samples, sample_tokens=sample_tokens, threads=threads)
         values = found.to_json()
+        if card:
+            figures += card_figures.evaluation_figures(found, file, text, window, reference)
         if not as_json:
             click.echo("\n".join(_sentences(found, window, reference)))
     if names is not None:
         results = _tasks(file, names, task_path=task_path, limit=limit, length=context, reference=reference,
                          threads=threads)
         values["tasks"] = [result.to_json() for result in results]
+        if card:
+            figures += card_figures.task_figures(results, reference, context)
         if not as_json:
             if text is not None:
                 click.echo()
             _print_tasks(results, file, reference)
+    if card:
+        written = card_figures.write_figures(file, figures)
+        click.echo(f"the figures are in {written}", err=True)
     if as_json:
         click.echo(json.dumps(values))
 
@@ -135,21 +154,18 @@ def _beginner(progress: Progress) -> Begin:
 
 
 def _print_tasks(results: Sequence[TaskResult], file: Path, reference: Path | None) -> None:
+    from skipcat_edge.task_eval import with_error
     from skipcat_edge.terminal import new_table, stdout_console
 
     table = new_table("task", "metric", "samples", file.name,
                       *([] if reference is None else [reference.name, "difference"]), left=2)
     for result in results:
         metric = result.metric if result.filter == "none" else f"{result.metric} ({result.filter})"
-        row = [result.task, metric, f"{result.samples:,}", _with_error(result.value, result.value_se)]
+        row = [result.task, metric, f"{result.samples:,}", with_error(result.value, result.value_se)]
         if result.reference is not None and result.difference is not None:
-            row += [_with_error(result.reference, result.reference_se), f"{result.difference:+.4f}"]
+            row += [with_error(result.reference, result.reference_se), f"{result.difference:+.4f}"]
         table.add_row(*row)
     stdout_console().print(table)
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterator[str]:
