@@ -12,9 +12,11 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 
 from skipcat_edge import format as fmt
+from skipcat_edge.card import Conversion, new_card
+from skipcat_edge.card_source import source_of_directory
 from skipcat_edge.errors import UserError
 from skipcat_edge.extra import Phase
-from skipcat_edge.output import atomic_output
+from skipcat_edge.output import atomic_outputs
 
 from .base_gguf import open_base
 from .calibrate import CalibrationOptions, checked_layers, load_model, obtain_statistics
@@ -66,6 +68,8 @@ class ConvertOptions:
     device: str = "cpu"
     seed: int | None = None
     """Of gradients; None: 0, or that of the statistics that are there."""
+    card: Path | None = None
+    """Where the model card goes; None: there is none."""
     force: bool = False
 
     @property
@@ -100,6 +104,8 @@ class ConvertResult:
     kept: float = 1.0
     """Stored over dense parameters of the layers that could be factored."""
     calibration_tokens: int = 0
+    calibration_sha256: str | None = None
+    """Of the text; None where it is not known."""
     not_compensated: str = ""
     """Why errors could not be compensated across layers, where that was asked for."""
     shrinkage: float = 0.0
@@ -109,7 +115,7 @@ class ConvertResult:
 
 
 def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
-    """Convert, and write `options.output` whole or not at all.
+    """Convert, and write `options.output` and its card whole or not at all.
 
     Raises UserError for bad input; see each stage.
     """
@@ -122,7 +128,8 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         one_sided = replace(options.method, two_sided=False, allocation="uniform")
         options = replace(options, method=one_sided)
     with (
-        atomic_output(options.output, options.force) as partial,
+        atomic_outputs([options.output] if options.card is None else [options.card, options.output],
+                       options.force) as (*cards, partial),
         tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,
     ):
         result = ConvertResult()
@@ -133,6 +140,7 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         if statistics is not None:
             layers = statistics.layers
             result.calibration_tokens = statistics.provenance.tokens
+            result.calibration_sha256 = statistics.provenance.text_sha256
             result.shrinkage = statistics.largest_shrinkage()
         elif model is not None:
             layers = checked_layers(reader, map_layers(reader, model.module, options.tree), model)
@@ -155,7 +163,17 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         if options.budget is not None and result.output_bytes > options.budget:
             raise UserError(f"The file needs {result.output_bytes:,} bytes, more than its budget of "
                             f"{options.budget:,}; raise it a little.")
+        for card in cards:
+            card.write_text(_card(options, partial, result), "utf-8")
     return result
+
+
+def _card(options: ConvertOptions, file: Path, result: ConvertResult) -> str:
+    source = source_of_directory(options.source, options.source_name)
+    feedback = options.rounding.feedback and result.calibration_tokens > 0
+    conversion = Conversion(options.method.name, feedback, result.calibration_tokens,
+                            result.calibration_sha256)
+    return new_card(file, source, name=options.output.name, conversion=conversion)
 
 
 def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Chat with a model.",
     "bench": "Measure prompt and decode speed, load time and memory.",
     "eval": "Measure perplexity, and how close a model is to its dense reference.",
+    "push": "Upload GGUF files with their model cards to the Hugging Face hub.",
     "synth": "Write a random-weight model with the dimensions of a known one.",
     "devices": "Show known devices: cores, threads, memory, build settings.",
     "runtime": "Build and check the patched llama-cpp-python.",

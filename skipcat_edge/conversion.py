@@ -28,7 +28,8 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
             base: str | Path | None = None, runtime_source: str | Path | None = None, force: bool = False,
             phase: Phase = _silent,
             warn: Callable[[str], None] = lambda text: None) -> ConvertResult:
-    """Compress `source`, a Hugging Face directory or hub id, into the GGUF file `output`.
+    """Compress `source`, a Hugging Face directory or hub id, into the GGUF file `output`, with a model card
+    beside it.
 
     Args:
         ratio: kept share of the linear layers' parameters, in (0, 1]; 0.8 unless one of the next two is
@@ -47,6 +48,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     Raises:
         UserError: for bad input; the extra `convert` or the runtime is missing. Then nothing is written.
     """
+    from skipcat_edge.card import card_path
     from skipcat_edge.extra import require_converter
     from skipcat_edge.output import check_output
     from skipcat_edge.ranks import check_ratio
@@ -66,6 +68,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
     check_output(output, force)
+    check_output(card_path(output), force)
     require_converter()
     from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS
@@ -99,7 +102,8 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         gradients=gradients, compensate=compensate, types=OutputTypes(linear, head),
         tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else str(source), calibration=calibration,
-        calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, force=force,
+        calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
+        card=card_path(output), force=force,
     )
     return run(options, phase)
 

@@ -73,13 +73,13 @@ def _most_tokens(path: Path, prompt: str) -> int:
     return len(encode(open_model(path, context=BATCH, vocabulary_only=True), prompt))
 
 
-def encode(llama: Any, text: str) -> list[int]:
-    """Tokens of `text`, special tokens recognised, with BOS in front where the model wants one."""
+def encode(llama: Any, text: str, add_bos: bool = True) -> list[int]:
+    """Tokens of `text`, special tokens recognised, after BOS where model and `add_bos` want it."""
     llama_cpp = import_llama_cpp()
     vocab = llama_cpp.llama_model_get_vocab(llama.model)
     tokens = list(llama.tokenize(text.encode("utf-8", errors="replace"), add_bos=False, special=True))
     bos = llama_cpp.llama_vocab_bos(vocab)
-    if llama_cpp.llama_vocab_get_add_bos(vocab) and tokens[:1] != [bos]:
+    if add_bos and llama_cpp.llama_vocab_get_add_bos(vocab) and tokens[:1] != [bos]:
         tokens.insert(0, bos)
     return tokens
 
@@ -98,6 +98,20 @@ def piece(llama: Any, token: int, starts_text: bool = False) -> bytes:
         length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, int(starts_text), False)
         if length >= 0:
             return buffer.raw[:length]
+        size = -length
+
+
+def detokenize(llama: Any, tokens: Sequence[int]) -> str:
+    """The text of `tokens`, without special ones and the space that SentencePiece puts before a text."""
+    llama_cpp = import_llama_cpp()
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)
+    size = 16 * len(tokens) + 16
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        length = llama_cpp.llama_detokenize(vocab, array, len(tokens), buffer, size, True, False)
+        if length >= 0:
+            return buffer.raw[:length].decode("utf-8", errors="replace")
         size = -length
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,16 +26,26 @@ def atomic_output(out: Path, force: bool) -> Iterator[Path]:
 
     Raises UserError if `out` exists and `force` is not given, or if writing fails (a full disk).
     """
-    check_output(out, force)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
+    with atomic_outputs([out], force) as (partial,):
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(out)
+
+
+@contextmanager
+def atomic_outputs(outs: Sequence[Path], force: bool) -> Iterator[list[Path]]:
+    """As `atomic_output`, for files of which none appears unless all are written."""
+    for out in outs:
+        check_output(out, force)
+    partials = [out.with_name(f".{out.name}.partial-{os.getpid()}") for out in outs]
+    try:
+        yield partials
+        for partial in partials:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        _place(partials, outs)
     except OSError as error:
         # NumPy's tofile reports a full disk with neither a number nor a file name
-        where = partial if error.filename is None else Path(os.fsdecode(error.filename))
+        where = partials[0] if error.filename is None else Path(os.fsdecode(error.filename))
+        out = next((out for out, partial in zip(outs, partials, strict=True) if partial == where), outs[0])
         if out.absolute().parent not in where.absolute().parents:
             raise
         raise UserError(
@@ -43,4 +53,19 @@ def atomic_output(out: Path, force: bool) -> Iterator[Path]:
             "choose a folder that is writable and has room."
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def _place(partials: Sequence[Path], outs: Sequence[Path]) -> None:
+    new: list[Path] = []
+    try:
+        for partial, out in zip(partials, outs, strict=True):
+            existed = out.exists()
+            partial.replace(out)
+            if not existed:
+                new.append(out)
+    except OSError:
+        for out in new:
+            out.unlink()
+        raise

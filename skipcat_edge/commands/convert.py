@@ -51,7 +51,7 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
               help="Dense GGUF of the same model, instead of converting it here.")
 @click.option("--runtime-source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Pinned llama-cpp-python archive, whose converter is used.  [default: fetch it]")
-@click.option("--force", is_flag=True, help="Replace the output file.")
+@click.option("--force", is_flag=True, help="Replace the output file and its card.")
 def command(
     source: str,
     output: Path,
@@ -75,7 +75,11 @@ def command(
     runtime_source: Path | None,
     force: bool,
 ) -> None:
-    """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF."""
+    """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF.
+
+    A model card is written beside it, `llama.md` beside `llama.gguf`: the source and its licence, the
+    method, and how to run it. `eval --card` puts figures into it, and `push` uploads both.
+    """
     from skipcat_edge.conversion import convert
     from skipcat_edge.extra import phases
     from skipcat_edge.sizes import parse_size
@@ -93,9 +97,10 @@ def command(
 
 
 def _report(output: Path, result: ConvertResult) -> None:
+    from skipcat_edge.card import card_path
     from skipcat_edge.terminal import decimal_bytes
 
-    click.echo(f"{output}: {decimal_bytes(result.output_bytes)}")
+    click.echo(f"{output}: {decimal_bytes(result.output_bytes)}; its card: {card_path(output).name}")
     if result.owners:
         worst = max(result.owners, key=lambda report: report.error)
         click.echo(f"the linear layers keep {result.kept:.4f} of their parameters, in "

@@ -1,4 +1,4 @@
-"""`skipcat-edge eval`: perplexity and the divergence from a reference, or the cosine to it."""
+"""`skipcat-edge eval`: perplexity and divergence from a reference, or the cosine to it; zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from rich.progress import Progress
+
+    from skipcat_edge.card import Figure
     from skipcat_edge.embedding_eval import EmbeddingSimilarity
-    from skipcat_edge.evaluation import Evaluation
+    from skipcat_edge.evaluation import Begin, Evaluation
+    from skipcat_edge.task_eval import TaskResult
 
 
 @click.command(short_help="Measure perplexity, and how close a model is to its dense reference.",
                epilog=example("eval skipcat.gguf --text story.txt --reference dense.gguf"))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
+@click.option("--tasks", metavar="NAMES",
+              help="Tasks of lm-evaluation-harness, for example arc_easy,hellaswag; or task files.")
+@click.option("--task-path", type=click.Path(path_type=Path), help="A folder with further task files.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first samples of each task only.")
+@click.option("--context", type=click.IntRange(min=2),
+              help="Tokens of a task's prompt and answer; the beginning of longer ones is cut off.  "
+                   "[default: the model's]")
 @click.option("--window", default=256, show_default=True, type=click.IntRange(min=2),
               help="Tokens of a window, BOS included.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Use the first tokens of the text only.")
@@ -35,11 +46,16 @@ if TYPE_CHECKING:
               help="Tokens of each continuation.")
 @click.option("--cache/--no-cache", default=True, show_default=True,
               help="Keep the reference's logits on disk, for the next file that is compared with it.")
+@click.option("--card", is_flag=True,
+              help="Put the figures into FILE's model card, which lies beside it; it is made where there is "
+                   "none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(file: Path, text: Path, window: int, max_tokens: int | None, reference: Path | None,
-            samples: int, sample_tokens: int, cache: bool, threads: int | None, as_json: bool) -> None:
-    """Measure the quality of the model in FILE on a text.
+def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
+            context: int | None, window: int, max_tokens: int | None, reference: Path | None,
+            samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
+            as_json: bool) -> None:
+    """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
     mean KL divergence KL(reference || FILE) per token, in nats, and the top-1 agreement: the share of
@@ -49,10 +65,31 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
 
     An embedding model: the mean cosine between its sentence embeddings and those of --reference,
     one for each line.
+
+    Tasks are run by lm-evaluation-harness (`pip install 'skipcat-edge[eval]'`), with its own prompts,
+    metrics and standard errors, and without chat template; with --reference they are run on both. It
+    fetches the data of a task when it is first used.
     """
     from skipcat_edge.session import model_info
 
+    if text is None and tasks is None:
+        raise UserError("There is nothing to measure on; give --text FILE or --tasks NAMES.")
+    if text is None and (samples or max_tokens is not None):
+        raise UserError("--samples and --max-tokens are of a text; give one with --text.")
+    if tasks is None and (task_path is not None or limit is not None or context is not None):
+        raise UserError("--task-path, --limit and --context are of tasks; name some with --tasks.")
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    if names == []:
+        raise UserError("--tasks names no task; give one, for example arc_easy.")
+    values: dict[str, Any] = {}
+    figures: list[Figure] = []
+    if card:
+        from skipcat_edge import card_figures
+
+        card_figures.require_card(file)
     if model_info(file).embedding:
+        if names is not None or text is None:
+            raise UserError(f"{file} is an embedding model and answers no tasks; use --text and --reference.")
         if samples:
             raise UserError(f"{file} is an embedding model and writes no text; leave out --samples.")
         if reference is None:
@@ -60,15 +97,35 @@ def command(file: Path, text: Path, window: int, max_tokens: int | None, referen
         if max_tokens is not None:
             raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
         similarity = _similarity(file, reference, text, threads)
-        values, sentence = asdict(similarity), (
-            f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
-            f"over {similarity.lines:,} lines"
-        )
-    else:
+        values = asdict(similarity)
+        if card:
+            figures += card_figures.similarity_figures(similarity, file, text, reference)
+        if not as_json:
+            click.echo(f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
+                       f"over {similarity.lines:,} lines")
+    elif text is not None:
         found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
                           samples=samples, sample_tokens=sample_tokens, threads=threads)
-        values, sentence = found.to_json(), "\n".join(_sentences(found, window, reference))
-    click.echo(json.dumps(values) if as_json else sentence)
+        values = found.to_json()
+        if card:
+            figures += card_figures.evaluation_figures(found, file, text, window, reference)
+        if not as_json:
+            click.echo("\n".join(_sentences(found, window, reference)))
+    if names is not None:
+        results = _tasks(file, names, task_path=task_path, limit=limit, length=context, reference=reference,
+                         threads=threads)
+        values["tasks"] = [result.to_json() for result in results]
+        if card:
+            figures += card_figures.task_figures(results, reference, context)
+        if not as_json:
+            if text is not None:
+                click.echo()
+            _print_tasks(results, file, reference)
+    if card:
+        written = card_figures.write_figures(file, figures)
+        click.echo(f"the figures are in {written}", err=True)
+    if as_json:
+        click.echo(json.dumps(values))
 
 
 def _evaluate(file: Path, text: Path, **options: Any) -> Evaluation:
@@ -77,12 +134,38 @@ def _evaluate(file: Path, text: Path, **options: Any) -> Evaluation:
 
     content = _read(text)
     with new_progress() as progress:
+        return evaluate(file, content, name=str(text), begin=_beginner(progress), **options)
 
-        def begin(title: str, total: int) -> Callable[[], None]:
-            task = progress.add_task(title, total=total)
-            return lambda: progress.advance(task)
 
-        return evaluate(file, content, name=str(text), begin=begin, **options)
+def _tasks(file: Path, names: Sequence[str], **options: Any) -> list[TaskResult]:
+    from skipcat_edge.task_eval import measure_tasks
+    from skipcat_edge.terminal import new_progress
+
+    with new_progress() as progress:
+        return measure_tasks(file, names, begin=_beginner(progress), **options)
+
+
+def _beginner(progress: Progress) -> Begin:
+    def begin(title: str, total: int) -> Callable[[], None]:
+        task = progress.add_task(title, total=total)
+        return lambda: progress.advance(task)
+
+    return begin
+
+
+def _print_tasks(results: Sequence[TaskResult], file: Path, reference: Path | None) -> None:
+    from skipcat_edge.task_eval import with_error
+    from skipcat_edge.terminal import new_table, stdout_console
+
+    table = new_table("task", "metric", "samples", file.name,
+                      *([] if reference is None else [reference.name, "difference"]), left=2)
+    for result in results:
+        metric = result.metric if result.filter == "none" else f"{result.metric} ({result.filter})"
+        row = [result.task, metric, f"{result.samples:,}", with_error(result.value, result.value_se)]
+        if result.reference is not None and result.difference is not None:
+            row += [with_error(result.reference, result.reference_se), f"{result.difference:+.4f}"]
+        table.add_row(*row)
+    stdout_console().print(table)
 
 
 def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterator[str]:

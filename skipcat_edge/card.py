@@ -1,0 +1,203 @@
+"""The model card of a GGUF file: what it was made of, how, and what was measured.
+
+It lies beside the file under the file's own name, `llama.gguf` beside `llama.md`: a folder may hold many.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipcat_edge import __version__
+from skipcat_edge import format as fmt
+from skipcat_edge.card_source import UNKNOWN, Source
+from skipcat_edge.errors import UserError
+from skipcat_edge.inspection import Inspection, inspect
+from skipcat_edge.session import ModelInfo, model_info
+from skipcat_edge.terminal import decimal_bytes
+
+_BEGIN, _END = "<!-- skipcat-edge eval: figures -->", "<!-- skipcat-edge eval: end -->"
+_FLOATS = {"F32", "F16", "BF16"}
+_HEAD = "| figure | value | measured on | date |\n|---|---|---|---|"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the one who converts knows, and a dense file's metadata does not say."""
+
+    method: str
+    error_feedback: bool = False
+    """Rounding passed its errors on."""
+    calibration_tokens: int = 0
+    calibration_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the card's table. The same name on the same text replaces an older one."""
+
+    name: str
+    value: str
+    on: str
+    """The text or task, and how much of it."""
+    date: str
+
+    def row(self) -> str:
+        """In Markdown."""
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in
+                                 (self.name, self.value, self.on, self.date)) + " |"
+
+
+def card_path(file: Path) -> Path:
+    """Where the card of `file` lies."""
+    return file.with_name(file.name.removesuffix(".gguf") + ".md")
+
+
+def new_card(file: Path, source: Source, *, name: str | None = None,
+             conversion: Conversion | None = None) -> str:
+    """A card of `file`, which may still have another name than `name`, without figures.
+
+    Without `conversion` it says what the file's metadata says. Raises UserError as `inspect`.
+    """
+    found, info = inspect(file), model_info(file)
+    name = name or file.name
+    parts = [
+        f"# {name.removesuffix('.gguf')}",
+        _summary(found, source),
+        "## How it was made", _made(found, source, conversion),
+        "## How to run it", _how_to_run(name, found, info),
+        "## Measured", _figures(name, info, []),
+        "## Licence", _licence(source),
+    ]
+    return f"---\n{_metadata(found, source)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def add_figures(card: str, file: Path, figures: Sequence[Figure]) -> str:
+    """`card` with `figures` beside those it has; nothing else of it changes."""
+    before, begin, rest = card.partition(_BEGIN)
+    inside, end, after = rest.partition(_END)
+    if not begin or not end:  # somebody took the section out
+        before, inside, after = card.rstrip("\n") + "\n\n## Measured\n\n", "", "\n"
+    rows = {_key(line): line for line in inside.splitlines() if line.startswith("| ") and line not in _HEAD}
+    rows |= {_key(figure.row()): figure.row() for figure in figures}
+    return before + _figures(file.name, model_info(file), list(rows.values())) + after
+
+
+def _key(row: str) -> tuple[str, str]:
+    cells = row.replace("\\|", "\0").split("|")
+    return cells[1].strip(), cells[3].strip() if len(cells) > 3 else ""
+
+
+def _figures(name: str, info: ModelInfo, rows: Sequence[str]) -> str:
+    reference = " --reference DENSE.gguf"
+    said = "\n".join([_HEAD, *rows]) if rows else (
+        f"Nothing yet. `skipcat-edge eval {name} --text TEXT{reference} --card` measures "
+        + ("the mean cosine to the dense model's embeddings" if info.embedding else
+           "perplexity and the divergence from the dense model") + " and writes them here."
+    )
+    return f"{_BEGIN}\n\n{said}\n\n{_END}"
+
+
+def _metadata(found: Inspection, source: Source) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=source.licence, license_name=source.licence_name, license_link=source.licence_link,
+        language=list(source.language) if isinstance(source.language, tuple) else source.language,
+        library_name="gguf", pipeline_tag=source.pipeline_tag,
+        base_model=source.name if source.on_hub else None,
+        tags=["gguf", "skipcat-edge", *(["low-rank"] if found.owners else [])],
+        # the hub has no word for low rank, and shows such models among the quantised ones
+        **({"base_model_relation": "quantized"} if source.on_hub else {}),
+    )
+    return str(data.to_yaml())
+
+
+def _linked(source: Source) -> str:
+    if source.name is None:
+        return "an unknown model"
+    return f"[{source.name}](https://huggingface.co/{source.name})" if source.on_hub else f"`{source.name}`"
+
+
+def _summary(found: Inspection, source: Source) -> str:
+    if found.owners:
+        return (f"{_linked(source)} with {found.totals.ratio:.0%} of its linear layers' parameters: large "
+                "matrices are replaced by low-rank factors, so that there is less to read and to multiply. "
+                "Made by skipcat-edge.")
+    return f"{_linked(source)} as GGUF, made by skipcat-edge."
+
+
+def _made(found: Inspection, source: Source, conversion: Conversion | None) -> str:
+    keys, totals = found.keys, found.totals
+    rows: list[tuple[str, str]] = [("source", _linked(source)), ("architecture", f"`{found.architecture}`")]
+    method = keys.get(fmt.KEY_METHOD) or (conversion.method if conversion else None)
+    if found.owners:
+        rows.append(("method", f"`{method}`" if method else UNKNOWN))
+        asked = f" (asked for {keys[fmt.KEY_RATIO]:g})" if fmt.KEY_RATIO in keys else ""
+        rows.append(("parameters kept", f"{totals.ratio:.4f} of the linear layers'{asked}"))
+        ranks = [owner.rank for owner in found.owners]
+        rows.append(("ranks", f"{min(ranks):,} to {max(ranks):,}, median {statistics.median_low(ranks):,}, "
+                              f"of {len(ranks):,} projections; {len(found.dense_layers):,} linear layers "
+                              "stay dense"))
+    else:
+        rows.append(("parameters kept", "all"))
+    types = Counter(layer.type for layer in found.dense_layers)
+    for owner in found.owners:
+        types.update([owner.type.name, *(member.type.name for member in owner.members)])
+    rows.append(("types of the linear layers", ", ".join(name for name, _ in types.most_common()) or UNKNOWN))
+    if conversion is not None and types.keys() - _FLOATS:
+        rows.append(("rounding", "each number's error is passed on to those after it"
+                     if conversion.error_feedback else "plain"))
+    rows.append(("size", f"{decimal_bytes(found.file_bytes)} ({found.file_bytes:,} bytes)"))
+    rows.append(("calibration", _calibration(found, conversion)))
+    if conversion is not None:
+        rows.append(("made with", f"skipcat-edge {__version__}"))
+    if fmt.KEY_FORMAT_VERSION in keys:
+        rows.append(("format", f"version {keys[fmt.KEY_FORMAT_VERSION]}, for the runtime "
+                               f"{keys.get(fmt.KEY_RUNTIME_MIN, UNKNOWN)} or later"))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _calibration(found: Inspection, conversion: Conversion | None) -> str:
+    tokens = found.keys.get(fmt.KEY_CALIBRATION_TOKENS)
+    sha256 = found.keys.get(fmt.KEY_CALIBRATION_SHA256)
+    if conversion is not None:
+        tokens, sha256 = conversion.calibration_tokens, conversion.calibration_sha256
+    if tokens is None:
+        return UNKNOWN
+    text = f"a text with SHA-256 `{sha256}`" if sha256 else "an unknown text"
+    return f"{tokens:,} tokens of {text}" if tokens else "none"
+
+
+def _how_to_run(name: str, found: Inspection, info: ModelInfo) -> str:
+    ours = "python -c \"from llama_cpp import Llama; " \
+           f"print(Llama('{name}', embedding=True).embed('Hello'))\"" if info.embedding else (
+               f"skipcat-edge chat {name}\nskipcat-edge generate {name} -p \"Once upon a time\"")
+    if found.owners:
+        return (f"It needs skipcat-edge's patched llama-cpp-python: stock llama.cpp does not know the "
+                f"architecture `{found.architecture}` and refuses the file.\n\n"
+                f"```console\nskipcat-edge runtime build --install\n{ours}\n```")
+    stock = f"llama-embedding -m {name} -p Hello" if info.embedding else f"llama-cli -m {name}"
+    return f"Stock llama.cpp runs it, and everything made with it:\n\n```console\n{stock}\n{ours}\n```"
+
+
+def _licence(source: Source) -> str:
+    if source.licence == UNKNOWN:
+        return ("The licence of the source is unknown: neither its card nor a file beside it names one. Find "
+                "it out before this file is shared.")
+    name = source.licence_name or source.licence
+    linked = f"[{name}]({source.licence_link})" if source.licence_link else name
+    where = f", says its {source.licence_from}" if source.licence_from else ""
+    return f"The source's: {linked}{where}."
+
+
+def read_card(path: Path) -> str:
+    """Raises UserError where it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}.") from None

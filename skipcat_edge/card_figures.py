@@ -1,0 +1,84 @@
+"""What `eval` measured, as rows of a model card."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from skipcat_edge.card import Figure, add_figures, card_path, new_card, read_card
+from skipcat_edge.card_source import require_hub, source_of_gguf
+from skipcat_edge.embedding_eval import EmbeddingSimilarity
+from skipcat_edge.evaluation import Evaluation
+from skipcat_edge.format import KEY_CALIBRATION_SHA256
+from skipcat_edge.inspection import inspect
+from skipcat_edge.output import atomic_output, check_output
+from skipcat_edge.task_eval import TaskResult, with_error
+
+
+def require_card(file: Path) -> None:
+    """Raise UserError, before anything is measured, where the card of `file` could not be written."""
+    require_hub()
+    path = card_path(file)
+    check_output(path, force=True)
+    if path.exists():
+        read_card(path)
+
+
+def write_figures(file: Path, figures: Sequence[Figure]) -> Path:
+    """Put `figures` into the card of `file`, which is made from the file's metadata where there is none.
+
+    Returns the card's path. Raises UserError where it cannot be read or written.
+    """
+    path = card_path(file)
+    card = read_card(path) if path.exists() else new_card(file, source_of_gguf(file))
+    with atomic_output(path, force=True) as partial:
+        partial.write_text(add_figures(card, file, figures), "utf-8")
+    return path
+
+
+def evaluation_figures(found: Evaluation, file: Path, text: Path, window: int,
+                       reference: Path | None) -> Iterator[Figure]:
+    """Perplexity, and the divergence from `reference` where there is one."""
+    on = f"{_named(text, file)}, {found.perplexity.tokens:,} tokens, windows of {window}"
+    yield _figure("perplexity", f"{found.perplexity.ppl:.4f} ± {found.perplexity.ppl_se:.4f}", on)
+    if found.divergence is not None and reference is not None:
+        divergence, dense = found.divergence, f"`{reference.name}`"
+        yield _figure(f"KL divergence from {dense}, nats per token",
+                      f"{divergence.kl:.6f} ± {divergence.kl_se:.6f}", on)
+        yield _figure(f"top-1 agreement with {dense}",
+                      f"{100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %", on)
+
+
+def similarity_figures(found: EmbeddingSimilarity, file: Path, text: Path,
+                       reference: Path) -> Iterator[Figure]:
+    """The mean and the lowest cosine."""
+    on = f"{_named(text, file)}, {found.lines:,} lines"
+    yield _figure(f"mean cosine to `{reference.name}`", f"{found.cosine_mean:.4f}", on)
+    yield _figure(f"lowest cosine to `{reference.name}`", f"{found.cosine_min:.4f}", on)
+
+
+def task_figures(results: Sequence[TaskResult], reference: Path | None,
+                 context: int | None) -> Iterator[Figure]:
+    """A row for each metric, the reference's value in it."""
+    for result in results:
+        value = with_error(result.value, result.value_se)
+        if reference is not None and result.reference is not None:
+            value += f" (`{reference.name}`: {with_error(result.reference, result.reference_se)})"
+        metric = result.metric if result.filter == "none" else f"{result.metric} ({result.filter})"
+        on = f"{result.samples:,} samples, lm-eval {version('lm_eval')}"
+        on += "" if context is None else f", context of {context} tokens"
+        yield _figure(f"{result.task}, {metric}", value, on)
+
+
+def _named(text: Path, file: Path) -> str:
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    seen = inspect(file).keys.get(KEY_CALIBRATION_SHA256) == sha256
+    return f"`{text.name}`{', the calibration text' if seen else ''} (SHA-256 `{sha256}`)"
+
+
+def _figure(name: str, value: str, on: str) -> Figure:
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return Figure(name, value, on, today.isoformat())
