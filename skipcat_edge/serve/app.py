@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
@@ -75,7 +76,12 @@ def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
                 if count > llama.n_batch:  # llama_cpp would cut it without a word
                     raise RequestError(400, f"Text {number} has {count} tokens, but the context holds "
                                             f"{llama.n_batch}; shorten it.")
-            yield llama.create_embedding([text.decode() for text in encoded], model=_name(body.model, names))
+            plain = [text.decode() for text in encoded]
+            answer = llama.create_embedding(plain, model=_name(body.model, names))
+            for item in answer["data"]:  # OpenAI's have the length 1
+                length = math.hypot(*item["embedding"]) or 1.0
+                item["embedding"] = [number / length for number in item["embedding"]]
+            yield answer
 
         return await _respond(request, engine, work, stream=False)
 

@@ -90,6 +90,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Answers that are not begun."""
+        return self._answers.qsize()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return self._running is None and not self.waiting
+
     def submit(self, work: Work) -> Answer:
         """Run `work` after all that was submitted before."""
         answer = Answer(work)

@@ -67,13 +67,16 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def configuration(app: ASGIApp) -> uvicorn.Config:
+    """uvicorn's settings: quiet, and in pure Python, which needs no compiler anywhere."""
+    return uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
+                          access_log=False, server_header=False, timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
+
+
 def run(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve `app` until Ctrl-C or SIGTERM; `ready` is called when it answers."""
-    config = uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
-                            access_log=False, server_header=False,
-                            timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
     try:
-        _Server(config, engine, ready).run(sockets=[listener])
+        _Server(configuration(app), engine, ready).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn passes it on after a clean end
         pass
     finally:
