@@ -65,6 +65,11 @@ def send(page: Any, text: str) -> None:
     page.locator("#text").press("Enter")
 
 
+def written(page: Any, length: int) -> None:
+    """Wait until the one answer has more than `length` characters."""
+    wait_until(lambda: len(answers(page).text_content()) > length, "the answer")
+
+
 def done(page: Any, count: int = 1) -> None:
     """Wait until `count` answers are complete."""
     sync_api.expect(page.locator(".note")).to_have_count(count, timeout=60000)
@@ -74,7 +79,7 @@ def test_an_answer_is_streamed(page: Any, local: Local) -> None:
     expected = chat(local.url, PROMPT).lstrip()
     local.delay = 0.005
     send(page, PROMPT)
-    page.wait_for_function("document.querySelector('.assistant').textContent.length > 20")
+    written(page, 20)
     early = answers(page).text_content()
     assert expected.startswith(early) and len(early) < len(expected)
     done(page)
@@ -107,7 +112,7 @@ def test_stop_ends_the_generation(page: Any, local: Local) -> None:
     local.computed.clear()
     local.delay = 0.03
     send(page, PROMPT)
-    page.wait_for_function("document.querySelector('.assistant').textContent.length > 10")
+    written(page, 10)
     page.locator("#stop").click()
     done(page)
     assert page.locator(".note").text_content() == "Stopped."
@@ -141,7 +146,7 @@ def test_what_a_model_writes_is_text(page: Any) -> None:
     assert "taken" not in page.title()
 
 
-def test_a_question_that_is_refused_comes_back(page: Any, browser: Any, local: Local) -> None:
+def test_a_question_that_is_refused_comes_back(page: Any) -> None:
     question = "a story " * 500
     page.route("**/v1/chat/completions", lambda route: route.fulfill(
         status=200, content_type="text/event-stream",
