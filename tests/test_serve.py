@@ -184,6 +184,8 @@ def test_a_seed_repeats_a_warm_answer_and_none_does_not(served: Process) -> None
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
      "not text"),
     ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "boss", "content": "hello"}]}, "messages.0.role: Input should be 'system'"),
+    ({"messages": [{"role": "user", "content": "hello", "stop": "\ud800"}], "stop": "\ud800"}, "surrogates"),
     ({"grammar": "root ::= ("}, "grammar does not parse"),
     ({"grammar": "root ::= nowhere"}, "grammar does not parse"),
     ({"temperature": -1}, "temperature"),
@@ -202,6 +204,26 @@ def test_a_request_that_cannot_be_answered(served: Process, change: dict[str, An
     assert said in content["error"]["message"]
     assert content["error"]["type"] == "invalid_request_error"
     assert chat(served.url, PROMPT, max_tokens=2)
+
+
+def test_a_request_that_is_no_json(served: Process) -> None:
+    for kind, said in (("text/plain", "`Content-Type: application/json`"), ("application/json", "messages")):
+        status, content = ask(served.url, CHAT, {}, {"Content-Type": kind})
+        assert status == 400
+        assert said in content["error"]["message"]
+
+
+def test_a_tool_is_called_and_answers(served: Process) -> None:
+    parameters = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
+    tools = [{"type": "function", "function": {"name": "count", "description": "", "parameters": parameters}}]
+    choice = {"type": "function", "function": {"name": "count"}}
+    status, content = ask(served.url, CHAT, chat_body(PROMPT, tools=tools, tool_choice=choice))
+    assert status == 200
+    message = content["choices"][0]["message"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"])["legs"] in (2, 4)
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "4"}
+    messages = [{"role": "user", "content": PROMPT}, message, result]
+    assert ask(served.url, CHAT, {"messages": messages, "tools": tools, "max_tokens": 2})[0] == 200
 
 
 def test_json_is_what_was_asked_for(served: Process) -> None:

@@ -119,7 +119,7 @@ def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context
 
 def _name(wanted: str | None, names: Sequence[str]) -> str:
     """The model's name in an answer: there is one model, whatever is asked for."""
-    return wanted if wanted in names else names[0]
+    return wanted if wanted is not None and wanted in names else names[0]
 
 
 def _generation(engine: Engine, body: ChatRequest | CompletionRequest, begin: Callable[[], Any]) -> Work:
@@ -186,11 +186,13 @@ async def _refused(_request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status)
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if part != "body")
     message = f"The request is not valid: {where + ': ' if where else ''}{problem['msg']}."
+    if "json" not in request.headers.get("content-type", ""):
+        message = "The request is not JSON; send it with `Content-Type: application/json`."
     return JSONResponse(RequestError(400, message).body(), 400)
 
 

@@ -22,7 +22,7 @@ def use_own_prompts(llama: Any, context: int) -> None:
     formatter = template_formatter(llama)
 
     def prompt(*, messages: Sequence[Any], **options: Any) -> Any:
-        plain = [{**message, "content": _plain(message.get("content"))} for message in messages]
+        plain = [{**message, "content": _plain(message["content"])} for message in messages]
         if not plain:
             raise RequestError(400, "There are no messages; send at least one.")
         if formatter is None:
@@ -52,11 +52,11 @@ def require_room(tokens: Sequence[int], context: int) -> None:
         )
 
 
-def _plain(content: Any) -> Any:
+def _plain(content: Any) -> str:
     """The text of a message whose parts may come as a list."""
-    if not isinstance(content, list):
+    if isinstance(content, str):
         return content
-    if any(part.get("type") != "text" for part in content):
+    if any(part.get("type") != "text" or "text" not in part for part in content):
         raise RequestError(400, "A message has a part that is not text; this model reads only text.")
     return "".join(str(part["text"]) for part in content)
 
@@ -66,7 +66,7 @@ def _continued(messages: Sequence[Any]) -> str:
     text = ""
     for message in messages:
         newline = "\n" if text and message["role"] != "assistant" else ""
-        text += newline + (message["content"] or "")
+        text += newline + message["content"]
     return text
 
 

@@ -11,7 +11,7 @@ from llama_cpp.server.types import (
     CreateCompletionRequest,
     CreateEmbeddingRequest,
 )
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from skipcat_edge.serve.errors import RequestError
 
@@ -27,9 +27,24 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class Message(BaseModel):
+    """One message; llama_cpp's types refuse an answer without content, as one that calls a tool is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """What a chat template sees: no more than was sent, in words that it knows."""
+        role = "system" if self.role == "developer" else self.role
+        return self.model_dump(exclude_unset=True) | {"role": role, "content": self.content or ""}
+
+
 class ChatRequest(CreateChatCompletionRequest):  # type: ignore[misc]
     """A chat's next message is wanted."""
 
+    messages: list[Message]
     temperature: float = _TEMPERATURE
     repeat_penalty: float = _REPEAT_PENALTY
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -54,7 +69,7 @@ class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
              "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta")
-_CHAT = ("messages", "functions", "function_call", "tools", "tool_choice", "response_format")
+_CHAT = ("functions", "function_call", "tools", "tool_choice", "response_format")
 
 
 def chat_options(request: ChatRequest, vocabulary: int) -> dict[str, Any]:
@@ -66,6 +81,7 @@ def chat_options(request: ChatRequest, vocabulary: int) -> dict[str, Any]:
         request.max_tokens = request.max_completion_tokens
     options = _common_options(request, vocabulary)
     options.update(request.model_dump(include=set(_CHAT)))
+    options["messages"] = [message.for_template() for message in request.messages]
     return options
 
 
