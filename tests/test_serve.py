@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import signal
 import socket
@@ -106,6 +108,21 @@ def test_completion_continues_a_text_as_generate_does(served: Process, model: An
     assert content["choices"][0]["text"] == greedy(model, PROMPT, 25)
     assert content["usage"] == {"prompt_tokens": len(encode(model, PROMPT)), "completion_tokens": 25,
                                 "total_tokens": len(encode(model, PROMPT)) + 25}
+
+
+def test_long_pieces_are_kept(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    """llama_cpp loses those of more than 32 bytes."""
+    reference = open_model(demo_dense_gguf, context=CONTEXT, batch=BATCH, threads=1)
+    file = GGUF.read(demo_dense_gguf)
+    pieces, *types = file.keys["tokenizer.ggml.tokens"]
+    second = list(itertools.islice(reference.generate(encode(reference, PROMPT), temp=0), 2))[1]
+    long = "\N{LOWER ONE EIGHTH BLOCK}" + "long" * 20
+    file.keys["tokenizer.ggml.tokens"] = ([*pieces[:second], long, *pieces[second + 1:]], *types)
+    expected = greedy(reference, PROMPT, 8).replace(pieces[second].replace("\N{LOWER ONE EIGHTH BLOCK}", " "),
+                                                    " " + "long" * 20, 1)
+    with local_server(file.write(tmp_path / "long.gguf")) as server:
+        for stream in (False, True):
+            assert chat(server.url, PROMPT, max_tokens=8, stream=stream) == expected
 
 
 def test_a_chat_without_a_limit_ends_with_the_context(served: Process, model: Any) -> None:
@@ -373,12 +390,14 @@ def test_the_list_of_models_does_not_wait(slow: Local) -> None:
         assert not first.done()
 
 
-def test_a_client_that_does_not_read_keeps_nobody_waiting(slow: Local, model: Any) -> None:
-    slow.delay = 0
-    connection, response = open_request(slow.url, CHAT, chat_body(PROMPT, stream=True))
-    assert chat(slow.url, "The dog", max_tokens=5) == greedy(model, "The dog", 5)
-    list(events(response))
-    connection.close()
+def test_an_answer_that_is_not_read_keeps_nobody_waiting(local: Local) -> None:
+    async def read_the_second_first() -> None:
+        unread = local.engine.submit(lambda: ({"number": number} for number in range(5000)))
+        second = local.engine.submit(lambda: iter([{"number": -1}]))
+        assert [item["number"] async for item in second] == [-1]
+        assert [item["number"] async for item in unread] == list(range(5000))
+
+    asyncio.run(read_the_second_first())
 
 
 def test_answers_do_not_depend_on_other_clients(served: Process, model: Any) -> None:
@@ -393,6 +412,21 @@ def test_answers_do_not_depend_on_other_clients(served: Process, model: Any) -> 
             found = [pool.submit(chat, served.url, prompt, max_tokens=24, stream=stream)
                      for prompt in prompts]
             assert [each.result() for each in found] == expected
+
+
+def last_logits(model: Any) -> np.ndarray:
+    import llama_cpp
+
+    return np.array(llama_cpp.llama_get_logits_ith(model.ctx, -1)[: model.n_vocab()])
+
+
+def test_what_was_computed_before_leaves_no_trace(local: Local, model: Any) -> None:
+    """Not in a bit: an answer's tokens, computed one by one, are not taken for a prompt's."""
+    first = chat(local.url, PROMPT, max_tokens=40)
+    for prompt in (f"{PROMPT}{first}", PROMPT, f"{PROMPT}{first} Then"):
+        chat(local.url, prompt, max_tokens=1)
+        greedy(model, prompt, 1)
+        np.testing.assert_array_equal(last_logits(local.engine.llama), last_logits(model))
 
 
 def test_whole_batches_of_a_prompt_are_used_again(local: Local, model: Any) -> None:

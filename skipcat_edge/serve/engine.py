@@ -118,8 +118,6 @@ class Engine:
 
     def _run(self) -> None:
         while (answer := self._answers.get()) is not None:
-            if answer.gone:
-                continue
             self._running = answer
             self._answer(answer)
             self._running = answer = None
