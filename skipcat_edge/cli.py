@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "Show ranks, types, sizes and provenance of a GGUF file.",
     "generate": "Continue a text.",
     "chat": "Chat with a model.",
+    "serve": "Serve a model to OpenAI clients and browsers.",
     "bench": "Measure prompt and decode speed, load time and memory.",
     "eval": "Measure perplexity, and how close a model is to its dense reference.",
     "push": "Upload GGUF files with their model cards to the Hugging Face hub.",

@@ -46,7 +46,7 @@ class Conversation:
         self._context = context
         self._max_tokens = max_tokens
         self._sampling = sampling
-        self._formatter = _formatter(llama)
+        self._formatter = template_formatter(llama)
         self.turns: list[Turn] = []
 
     @property
@@ -104,7 +104,8 @@ class Conversation:
             raise UserError(f"The file's chat template refuses this conversation: {error}.") from None
 
 
-def _formatter(llama: Any) -> Any:
+def template_formatter(llama: Any) -> Any:
+    """The file's chat template as a llama_cpp formatter; None where it has none."""
     template = llama.metadata.get(_KEY_TEMPLATE)
     if template is None:
         return None

@@ -1,0 +1,60 @@
+"""`skipcat-edge serve`: a model for other programs, and a page to chat with it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from skipcat_edge.commands.examples import example
+from skipcat_edge.errors import UserError
+
+
+@click.command(short_help="Serve a model to OpenAI clients and browsers.",
+               epilog=example("serve llama.gguf"))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen at; one that other machines reach needs an API key.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
+              help="0 takes any free one.")
+@click.option("--api-key", envvar="SKIPCAT_API_KEY", show_envvar=True,
+              help="Key that clients must send.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(min=64),
+              help="Tokens of a whole conversation, never more than the model was trained for.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--alias", multiple=True,
+              help="Name of the model in answers; may be given several times.  [default: the file's]")
+def command(file: Path, host: str, port: int, api_key: str | None, context: int, threads: int | None,
+            alias: tuple[str, ...]) -> None:
+    """Serve the model in FILE over HTTP, as OpenAI's API and as a page to chat with it.
+
+    Requests are answered one after another, in the order in which they come. An embedding model has
+    /v1/embeddings, every other one /v1/chat/completions and /v1/completions. Ctrl-C ends it.
+    """
+    for package in ("fastapi", "uvicorn"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"Serving needs {package}; install it with `pip install 'skipcat-edge[serve]'`."
+            )
+    from skipcat_edge.session import import_llama_cpp, model_info
+
+    info = model_info(file)
+    import_llama_cpp()
+    from skipcat_edge.serve.app import create_app
+    from skipcat_edge.serve.engine import Engine
+    from skipcat_edge.serve.guard import Guard
+    from skipcat_edge.serve.model import open_served
+    from skipcat_edge.serve.server import is_loopback, listen, run, url
+
+    if not is_loopback(host) and not api_key:
+        raise UserError(f"{host} can be reached by other machines; give an API key with --api-key or "
+                        "SKIPCAT_API_KEY.")
+    context = min(context, info.context_length or context)
+    with listen(host, port) as listener:
+        engine = Engine(open_served(file, info, context, threads))
+        app = create_app(engine, alias or (file.stem,), embedding=info.embedding, context=context)
+        hosts = frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
+        address = url(host, listener)
+        run(Guard(app, hosts=hosts, api_key=api_key), engine, listener,
+            ready=lambda: click.echo(f"{file.name} is served at {address} (Ctrl-C ends it)"))

@@ -1,0 +1,202 @@
+"""The server's addresses: OpenAI's /v1/..., /health, and the chat page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from skipcat_edge.generation import encode
+from skipcat_edge.serve.engine import Answer, Engine, Work
+from skipcat_edge.serve.errors import RequestError
+from skipcat_edge.serve.prompt import require_room
+from skipcat_edge.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    chat_options,
+    completion_options,
+    text_of,
+)
+
+# The page is one file: nothing but its own script, styles and this server.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+                               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def create_app(engine: Engine, names: Sequence[str], *, embedding: bool, context: int) -> FastAPI:
+    """The application that answers by `engine`'s model, which has `names`, the first one its own."""
+    app = FastAPI(openapi_url=None)
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_such_address)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "skipcat-edge"} for name in names]
+        return JSONResponse({"object": "list", "data": data})
+
+    if embedding:
+        _add_embeddings(app, engine, names)
+    else:
+        _add_completions(app, engine, names, context)
+    return app
+
+
+def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
+    llama = engine.llama
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        if not texts:
+            raise RequestError(400, "There is no text to embed; send at least one.")
+
+        def work() -> Iterator[dict[str, Any]]:
+            encoded = [text.encode("utf-8", errors="replace") for text in texts]
+            for number, text in enumerate(encoded, start=1):
+                count = len(llama.tokenize(text))
+                if count > llama.n_batch:  # llama_cpp would cut it without a word
+                    raise RequestError(400, f"Text {number} has {count} tokens, but the context holds "
+                                            f"{llama.n_batch}; shorten it.")
+            plain = [text.decode() for text in encoded]
+            answer = llama.create_embedding(plain, model=_name(body.model, names))
+            for item in answer["data"]:  # OpenAI's have the length 1
+                length = math.hypot(*item["embedding"]) or 1.0
+                item["embedding"] = [number / length for number in item["embedding"]]
+            yield answer
+
+        return await _respond(request, engine, work, stream=False)
+
+
+def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context: int) -> None:
+    llama = engine.llama
+
+    @app.get("/")
+    async def page() -> Response:
+        text = files("skipcat_edge.serve").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        options = chat_options(body, llama.n_vocab()) | {"model": _name(body.model, names)}
+
+        def begin() -> Any:
+            return llama.create_chat_completion(**options)
+
+        return await _respond(request, engine, _generation(engine, body, begin), stream=body.stream)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        options = completion_options(body, llama.n_vocab()) | {"model": _name(body.model, names)}
+        text = text_of(body)
+
+        def begin() -> Any:
+            # As tokens, because from a text llama_cpp would make others where it begins with BOS.
+            tokens = encode(llama, text)
+            require_room(tokens, context)
+            return llama.create_completion(tokens, **options)
+
+        return await _respond(request, engine, _generation(engine, body, begin), stream=body.stream)
+
+
+def _name(wanted: str | None, names: Sequence[str]) -> str:
+    """The model's name in an answer: there is one model, whatever is asked for."""
+    return wanted if wanted is not None and wanted in names else names[0]
+
+
+def _generation(engine: Engine, body: ChatRequest | CompletionRequest, begin: Callable[[], Any]) -> Work:
+    def work() -> Iterator[dict[str, Any]]:
+        answer = begin()
+        if not body.stream:
+            yield answer
+            return
+        chunk: dict[str, Any] = {}
+        for chunk in answer:
+            yield chunk
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield {**chunk, "choices": [], "usage": engine.usage.body()}
+
+    return work
+
+
+async def _respond(request: Request, engine: Engine, work: Work, *, stream: bool) -> Response:
+    """The answer to `request`: one object, or a stream of them as they come."""
+    answer = engine.submit(work)
+    watch = asyncio.create_task(_leave_with_client(request, answer))
+    try:
+        # Before the status is sent: what is wrong with a request shows at its first token.
+        first = await anext(answer)
+    except StopAsyncIteration:
+        return Response(status_code=499)  # the client is gone
+    except BaseException:
+        answer.leave()
+        watch.cancel()
+        raise
+    if stream:
+        return StreamingResponse(_events(answer, first, watch), media_type="text/event-stream",
+                                 headers={"Cache-Control": "no-store"})
+    watch.cancel()
+    return JSONResponse(first)
+
+
+async def _leave_with_client(request: Request, answer: Answer) -> None:
+    """Give `answer` up when the client of `request` is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    answer.leave()
+
+
+async def _events(answer: Answer, first: dict[str, Any], watch: asyncio.Task[None]) -> AsyncIterator[str]:
+    try:
+        yield _event(first)
+        async for item in answer:
+            yield _event(item)
+        yield "data: [DONE]\n\n"
+    except RequestError as error:
+        yield _event(error.body())
+    finally:
+        watch.cancel()
+        answer.leave()
+
+
+def _event(item: dict[str, Any]) -> str:
+    return f"data: {json.dumps(item)}\n\n"
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return JSONResponse(error.body(), error.status)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    message = f"The request is not valid: {where + ': ' if where else ''}{problem['msg']}."
+    if "json" not in request.headers.get("content-type", ""):
+        message = "The request is not JSON; send it with `Content-Type: application/json`."
+    return JSONResponse(RequestError(400, message).body(), 400)
+
+
+async def _no_such_address(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}; this server has /v1/models and what its model can answer below /v1."
+    return JSONResponse(RequestError(error.status_code, message).body(), error.status_code)

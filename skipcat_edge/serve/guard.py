@@ -1,0 +1,62 @@
+"""Who may use the server: by address, origin and API key, before anything of a request is read."""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from skipcat_edge.serve.errors import RequestError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+_LARGEST_BODY = 16 * 2**20
+
+
+class Guard:
+    """An application that lets through to `app` only what is allowed."""
+
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, api_key: str | None) -> None:
+        """`hosts`: names by which it may be reached, None for any; `api_key`: of all below /v1."""
+        self._app = app
+        self._hosts = hosts
+        self._authorization = f"Bearer {api_key}".encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+            await JSONResponse(refusal.body(), refusal.status, headers)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        # A name that someone else lets point to this machine: DNS rebinding.
+        if self._hosts is not None and _name(host) not in self._hosts:
+            return RequestError(421, "This server answers only to its own address; it was started without "
+                                     "another --host.")
+        # A page of another site, whose requests a browser sends without asking.
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return RequestError(403, "Pages of other origins may not use this server.")
+        if scope["path"].startswith("/v1/") and self._authorization is not None and not hmac.compare_digest(
+            headers.get("authorization", "").encode("latin-1"), self._authorization
+        ):
+            return RequestError(401, "The API key is missing or wrong; send `Authorization: Bearer KEY`.")
+        if scope["method"] == "POST":
+            length = headers.get("content-length")
+            if length is None:
+                return RequestError(411, "The request does not say how long it is; send Content-Length.")
+            if int(length) > _LARGEST_BODY:  # h11 has seen that it is a number
+                return RequestError(413, f"The request is longer than {_LARGEST_BODY} bytes; shorten it.")
+        return None
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()

@@ -1,0 +1,83 @@
+"""Listening, and ending without leaving anybody waiting."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from skipcat_edge.errors import UserError
+from skipcat_edge.serve.engine import Engine
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+_SECONDS_TO_LEAVE = 5
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at `host` and `port`, 0 for any free one. Raises UserError if they are not to be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UserError(f"Cannot listen at {host}, port {port}: {error.strerror or error}; "
+                        "choose another --port or --host.") from None
+    return listener
+
+
+def url(host: str, listener: socket.socket) -> str:
+    """The address for a browser."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+
+
+class _Server(uvicorn.Server):
+    """A server that ends the answers under way when it is asked to end, instead of waiting for them."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.stop()
+        super().handle_exit(sig, frame)
+
+
+def configuration(app: ASGIApp) -> uvicorn.Config:
+    """uvicorn's settings: quiet, and in pure Python, which needs no compiler anywhere."""
+    return uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
+                          access_log=False, server_header=False, timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
+
+
+def run(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve `app` until Ctrl-C or SIGTERM; `ready` is called when it answers."""
+    try:
+        _Server(configuration(app), engine, ready).run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn passes it on after a clean end
+        pass
+    finally:
+        engine.close()
