@@ -12,6 +12,7 @@ from skipcat_edge import __version__
 COMMANDS = {
     "convert": "Compress a Hugging Face model and write it as GGUF.",
     "sweep": "Predict size and loss at many ratios and types.",
+    "compare": "Build a model's files, measure them, and report which are worth having.",
     "inspect": "Show ranks, types, sizes and provenance of a GGUF file.",
     "generate": "Continue a text.",
     "chat": "Chat with a model.",
