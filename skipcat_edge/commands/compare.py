@@ -102,8 +102,8 @@ def command(
         from skipcat_edge.gguf_file import open_gguf
 
         if calibration is None:
-            raise UserError("Files are made with a calibration text; pass --calibration FILE, another one than "
-                            "--text.")
+            raise UserError("Files are made with a calibration text; pass --calibration FILE, another one "
+                            "than --text.")
         read_text(calibration)
         request = replace(
             common, calibration=calibration, ratios=parse_ratios(_RATIOS if ratios is None else ratios),
@@ -123,19 +123,23 @@ def _require_plotting() -> None:
 
     for package in ("matplotlib", "jinja2"):
         if find_spec(package) is None:
-            raise UserError(f"The report needs {package}; install it with `pip install 'skipcat-edge[compare]'`.")
+            raise UserError(f"The report needs {package}; install it with "
+                            "`pip install 'skipcat-edge[compare]'`.")
 
 
 def _of_gguf(request: Request, needless: str | None) -> Request:
-    """`request`, whose source is a file. Raises UserError unless that is a dense GGUF, and there are files."""
+    """`request`, whose source is a file; `needless`: an option that is only for building.
+
+    Raises UserError unless that is a dense GGUF, and there are files to compare with it.
+    """
     from skipcat_edge.inspection import inspect
 
     if inspect(request.source).owners:
-        raise UserError(f"{request.source} is low-rank; give the dense file that the others were made from, and "
-                        "this one with --file.")
+        raise UserError(f"{request.source} is low-rank; give the dense file that the others were made from, "
+                        "and this one with --file.")
     if needless is not None:
-        raise UserError(f"{request.source} is GGUF, of which nothing is built: leave out {needless}, or give the "
-                        "Hugging Face directory.")
+        raise UserError(f"{request.source} is GGUF, of which nothing is built: leave out {needless}, or give "
+                        "the Hugging Face directory.")
     if not request.files:
         raise UserError(f"{request.source} has nothing to be compared with; name files with --file.")
     return request

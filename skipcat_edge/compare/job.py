@@ -46,7 +46,7 @@ def run(request: Request, force: bool) -> Comparison:
 
 @contextmanager
 def _locked_folder(request: Request, force: bool) -> Iterator[State]:
-    """The folder's state, nobody else's meanwhile. What a run that was killed left half-written is removed."""
+    """The folder's state, nobody else's meanwhile; without what a run that was killed left half-written."""
     import fcntl
     import os
     import shutil

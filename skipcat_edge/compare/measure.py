@@ -148,8 +148,8 @@ def bench_all(request: Request, files: Sequence[Path], step: Step) -> dict[str, 
     needed, free = sum(path.stat().st_size for path in files), psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"The {len(files)} files, which are measured in turns, take {decimal_bytes(needed)}, "
-                        f"but {decimal_bytes(free)} of memory are free; give fewer --types or --ratios. What is "
-                        "done stays done.")
+                        f"but {decimal_bytes(free)} of memory are free; give fewer --types or --ratios. What "
+                        "is done stays done.")
     total = steps(len(files), 1, request.repetitions)
     begun = 0
 
