@@ -84,7 +84,7 @@ def test_a_front_by_noise_is_said_to_be_one() -> None:
         figures(LOW, "F16", 0.9, 1900, 8e-4, 695, 35, spread=0.05),
     )
     sentence = front_sentence(found, FIRST_TOKEN)
-    assert "By time to first token, from the fastest on: plain Q8_0 (0.00040)." in sentence
+    assert "By time to first token, from the fastest on: plain Q8_0 (0.000400)." in sentence
     assert "by noise alone: low-rank F16 0.9 (no better than plain Q8_0)" in sentence
     assert "F16" not in worth_having(found)
 
@@ -93,8 +93,9 @@ def test_each_file_worth_having_is_named_with_its_fronts() -> None:
     found = comparison(
         figures(PLAIN, "Q4_0", 1, 600, 0.03, 880, 50), figures(LOW, "Q4_0", 0.8, 610, 0.04, 500, 70),
         figures(LOW, "F16", 0.9, 1990, 0.05, 890, 21))
-    assert worth_having(found) == ("Worth having beside the reference: plain Q4_0 (every front) and low-rank "
-                                   "Q4_0 0.8 (time to first token, decode speed).")
+    assert worth_having(found) == (
+        "Worth having beside the reference: by size, time to first token and decode speed plain Q4_0; "
+        "by time to first token and decode speed low-rank Q4_0 0.8.")
     names = {axis.key: [each.label for each in found.front(axis)] for axis in found.axes}
     assert names == {"size": ["Q4_0", "F16"], "first-token": ["Q4_0 0.8", "Q4_0", "F16"],
                      "decode": ["Q4_0 0.8", "Q4_0", "F16"]}
@@ -122,8 +123,8 @@ def test_an_embedding_model_decodes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("loss", "text"), [
-    (0, "0"), (0.0246, "0.0246"), (0.00011, "0.00011"), (0.5, "0.500"), (1.25, "1.25"), (12.5, "12.5"),
-    (1e-9, "0.0000000010"),
+    (0, "0"), (0.0246, "0.0246"), (0.00011, "0.000110"), (0.5, "0.500"), (1.25, "1.25"), (12.5, "12.5"),
+    (1e-9, "0.00000000100"),
 ])
 def test_numbers(loss: float, text: str) -> None:
     assert number(loss) == text

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 _REACHES = (6.0, 11.0, 18.0, 27.0, 38.0, 52.0, 70.0, 92.0, 118.0, 150.0, 190.0, 240.0)  # of `scale`
 _DIRECTIONS = 24
 # In the unit of a reach: what crossing costs, so that a clear place further off may be better.
-_LEADER_OVER_POINT, _LEADER_OVER_LEADER, _ON_LINE = 60.0, 40.0, 14.0
+_LEADER_OVER_LABEL, _LEADER_OVER_POINT, _LEADER_OVER_LEADER, _ON_LINE = 150.0, 60.0, 40.0, 14.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,10 @@ def place(anchors: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, f
                 box = _box_at(x, y, size, reach * scale, angle)
                 if not box.inside(frame) or any(box.overlaps(other) for other in taken):
                     continue
-                if any(crosses(leader, box) for leader in leaders):
-                    continue
                 leader = (x, y, *box.nearest(x, y))
-                if any(crosses(leader, other) for other in placed if other is not None):
-                    continue
-                cost = (reach + _preference(angle)
+                crossed = sum(crosses(leader, other) for other in placed if other is not None)
+                crossed += sum(crosses(other, box) for other in leaders)
+                cost = (reach + _preference(angle) + _LEADER_OVER_LABEL * crossed
                         + _LEADER_OVER_POINT * sum(_over(leader, point, x, y) for point in obstacles)
                         + _LEADER_OVER_LEADER * sum(_meet(leader, other) for other in leaders)
                         + _ON_LINE * any(crosses(line, box) for line in lines))

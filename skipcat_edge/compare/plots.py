@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SIZE = 10.0, 5.625  # inches: a slide's proportions
 _DPI = 160
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.95, 0.3, 1.32, 0.72  # inches around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.95, 0.3, 1.2, 0.72  # inches around the axes
 _MARKER = 9.0  # points
 _LABEL = 9.5  # font size
 _MANY = 26
@@ -158,18 +158,21 @@ def _steps(axes: Axes, axis: Axis, front: Sequence[Figures]) -> list[tuple[float
     return [*corners, (axes.get_xlim()[axis.less_is_better], corners[-1][1])]
 
 
+def _bars(axis: Axis, figures: Figures) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
+    """From the least to the greatest repetition, and a standard error up and down."""
+    spread, x, y, factor = axis.value(figures), _x(axis, figures), _y(figures), _factor(axis)
+    assert spread is not None
+    if axis is not SIZE:
+        yield (spread.low * factor, y), (spread.high * factor, y)
+    yield (x, max(y - figures.loss_se, _SHOWN_LOSS)), (x, y + figures.loss_se)
+
+
 def _draw_point(axes: Axes, axis: Axis, figures: Figures, on_front: bool) -> None:
     colour, marker = STYLES[figures.kind]
-    spread, x, y = axis.value(figures), _x(axis, figures), _y(figures)
-    assert spread is not None
-    factor = _factor(axis)
-    if axis is not SIZE:
-        axes.plot([spread.low * factor, spread.high * factor], [y, y], color=colour, linewidth=1, alpha=0.45,
-                  zorder=3)
-    axes.plot([x, x], [max(y - figures.loss_se, _SHOWN_LOSS), y + figures.loss_se], color=colour, linewidth=1,
-              alpha=0.45, zorder=3)
-    axes.plot([x], [y], marker, color=colour, markersize=_MARKER, markeredgewidth=1.6, zorder=4,
-              markerfacecolor=colour if on_front else PAPER)
+    for bar in _bars(axis, figures):
+        axes.plot(*zip(*bar, strict=True), color=colour, linewidth=1, alpha=0.45, zorder=3)
+    axes.plot([_x(axis, figures)], [_y(figures)], marker, color=colour, markersize=_MARKER,
+              markeredgewidth=1.6, zorder=4, markerfacecolor=colour if on_front else PAPER)
 
 
 def _finish(figure: Figure, axes: Axes, comparison: Comparison, axis: Axis) -> None:
@@ -196,8 +199,8 @@ def _finish(figure: Figure, axes: Axes, comparison: Comparison, axis: Axis) -> N
     figure.text(1 - _RIGHT / width, 1 - 0.32 / height, f"{better} is better", fontsize=10, va="center",
                 ha="right")
     figure.legend(handles=_legend(comparison), loc="upper left", bbox_to_anchor=(left, 1 - 0.5 / height),
-                  ncols=6, frameon=False, fontsize=9.5, borderaxespad=0, borderpad=0, handletextpad=0.5,
-                  columnspacing=1.6)
+                  ncols=6, frameon=False, fontsize=9.5, borderaxespad=0, borderpad=0, handletextpad=0.4,
+                  handlelength=1.4, columnspacing=1.5)
 
 
 def _legend(comparison: Comparison) -> list[Any]:
@@ -210,7 +213,7 @@ def _legend(comparison: Comparison) -> list[Any]:
                                   markeredgewidth=1.6, label=kind.value))
     handles.append(Line2D([], [], color=INK, linewidth=1.4, alpha=0.75, label="Pareto front"))
     handles.append(Line2D([], [], color=INK, marker="o", linestyle="none", markersize=_MARKER,
-                          markerfacecolor=PAPER, markeredgewidth=1.6, label="hollow: not on it"))
+                          markerfacecolor=PAPER, markeredgewidth=1.6, label="not on it"))
     return handles
 
 
@@ -227,13 +230,15 @@ def _log_ticks(low: float, high: float) -> Any:
 
 
 def _plain(value: float) -> str:
-    """1e-05 as 0.00001."""
-    return f"{value:.10f}".rstrip("0").rstrip(".")
+    """0.0001, and below that 1e-5."""
+    if value < 1e-4:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    return f"{value:.5f}".rstrip("0").rstrip(".")
 
 
 def _label_points(figure: Figure, axes: Axes, axis: Axis, files: Sequence[Figures], front: Sequence[Figures],
                   steps: Sequence[tuple[float, float]]) -> None:
-    """Those of the front choose their places first; `steps` are better not covered."""
+    """Those of the front choose their places first; `steps` and bars are better not covered."""
     from matplotlib.text import Text
 
     def pixels(x: float, y: float) -> tuple[float, float]:
@@ -257,6 +262,8 @@ def _label_points(figure: Figure, axes: Axes, axis: Axis, files: Sequence[Figure
     window = axes.get_window_extent(renderer)
     frame = Box(window.x0 + scale, window.y0 + scale, window.x1 + (_RIGHT - 0.05) * _DPI, window.y1 - scale)
     segments = [(*one, *other) for one, other in pairwise(pixels(*corner) for corner in steps)]
+    for each in files:
+        segments += [(*pixels(*one), *pixels(*other)) for one, other in _bars(axis, each)]
     places = place(anchors, sizes, obstacles, frame, segments, scale)
     for each, anchor, box in zip(named, anchors, places, strict=True):
         if box is not None:

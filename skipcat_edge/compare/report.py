@@ -111,7 +111,7 @@ def _cells(comparison: Comparison, each: Figures) -> list[Cell]:
 def _loss(each: Figures) -> Cell:
     if each.kind is Kind.REFERENCE:
         return Cell("0")
-    return Cell(number(each.loss), range=f"± {number(each.loss_se)}")
+    return Cell(number(each.loss), range=f"± {number(each.loss_se, 2)}")
 
 
 def _spread(measured: Measured, shown: object) -> Cell:
@@ -140,11 +140,12 @@ def terminal_table(comparison: Comparison) -> Table:
     loss = "1 - cosine" if comparison.embedding else "KL"
     table = new_table("file", "kind", "size", loss, "± s.e.", "first token", *decode, "on the front by",
                       left=2)
+    table.columns[-1].justify = "left"
     for each in _by_size(comparison):
         speed = [] if each.decode is None else [tokens_per_second(each.decode.value)]
         fronts = ", ".join("size" if axis is SIZE else axis.words for axis in comparison.on_fronts(each))
         table.add_row(escape(each.file), each.kind.value, decimal_bytes(each.nbytes), number(each.loss),
-                      number(each.loss_se), seconds(each.first_token.value), *speed, fronts)
+                      number(each.loss_se, 2), seconds(each.first_token.value), *speed, fronts)
     return table
 
 

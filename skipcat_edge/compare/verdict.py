@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from skipcat_edge.compare.figures import (
@@ -21,16 +22,18 @@ from skipcat_edge.compare.figures import (
 
 def worth_having(comparison: Comparison) -> str:
     """One sentence: all files that are on a front by more than noise, each with its fronts."""
-    found: dict[str, list[str]] = {}
+    fronts: dict[str, list[str]] = {}
     for axis in comparison.axes:
         for figures in _clearly_on(comparison, axis):
-            found.setdefault(figures.name, []).append(axis.words)
-    if not found:
-        return "Worth having: the reference alone; every other file is larger, slower or equal to it in all."
-    every = [axis.words for axis in comparison.axes]
-    parts = [f"{name} ({'every front' if fronts == every and len(every) > 1 else ', '.join(fronts)})"
-             for name, fronts in found.items()]
-    return f"Worth having beside the reference: {listed(parts)}."
+            fronts.setdefault(figures.name, []).append(axis.words)
+    if not fronts:
+        return "Worth having: the reference alone; no other file is smaller or faster by more than noise."
+    by_fronts: dict[tuple[str, ...], list[str]] = {}
+    for name, words in fronts.items():
+        by_fronts.setdefault(tuple(words), []).append(name)
+    parts = [f"by {listed(words)} {listed(names)}" for words, names in sorted(
+        by_fronts.items(), key=lambda part: -len(part[0]))]
+    return f"Worth having beside the reference: {'; '.join(parts)}."
 
 
 def front_sentence(comparison: Comparison, axis: Axis) -> str:
@@ -170,10 +173,9 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def number(loss: float) -> str:
-    """Two or three digits that count: 0.0246, 0.00011, 0."""
+def number(loss: float, digits: int = 3) -> str:
+    """So many digits that count: 0.0246, 0.000110, 12.5, 0."""
     if loss == 0:
         return "0"
-    digits = 3 - len(str(int(loss))) if loss >= 1 else next(
-        place for place in range(1, 12) if loss >= 10.0 ** -place or place == 11) + 2
-    return f"{loss:.{digits}f}"
+    places = digits - 1 - math.floor(math.log10(loss))
+    return f"{loss:.{min(max(places, 0), 12)}f}"
