@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _ARGUMENTS = "skipcat_edge.arguments"
 _RATIOS, _TYPES = "0.9,0.8,0.6", "F16,Q8_0,Q4_0"
+_CALIB_TOKENS = 16_384  # every file that is fitted reads them again
 
 
 class _KeepsArguments(click.Command):
@@ -43,8 +44,9 @@ class _KeepsArguments(click.Command):
               help="A GGUF file that is there already, to be measured too; may be given several times.")
 @click.option("--method", default="auto", show_default=True, type=click.Choice(METHODS),
               help="Of the low-rank files, as in convert.")
-@click.option("--calib-tokens", type=click.IntRange(1),
-              help="Tokens of --calibration to read.  [default: up to 65,536]")
+@click.option("--calib-tokens", type=click.IntRange(1, 65_536),
+              help="Most tokens of --calibration to read, of which convert takes more.  "
+                   f"[default: {_CALIB_TOKENS:,}]")
 @click.option("--max-tokens", default=8192, show_default=True, type=click.IntRange(min=1),
               help="Tokens of --text to measure the loss on.")
 @click.option("--window", default=256, show_default=True, type=click.IntRange(min=2),
@@ -107,8 +109,8 @@ def command(
         read_text(calibration)
         request = replace(
             common, calibration=calibration, ratios=parse_ratios(_RATIOS if ratios is None else ratios),
-            types=parse_types(_TYPES if types is None else types), method=method, calib_tokens=calib_tokens,
-            base=base, runtime_source=runtime_source)
+            types=parse_types(_TYPES if types is None else types), method=method,
+            calib_tokens=calib_tokens or _CALIB_TOKENS, base=base, runtime_source=runtime_source)
         require_converter()
         if base is not None:
             open_gguf(base)

@@ -32,16 +32,22 @@ class Builder:
     def statistics(self, step: Step) -> dict[str, Any]:
         """The calibration, once for all files."""
         from gguf import GGUFReader
-        from skipcat_converter.calibrate import CalibrationOptions, obtain_statistics
+        from skipcat_converter.calibrate import CalibrationOptions, load_model, obtain_statistics
+        from skipcat_converter.calibration import load_calibration
 
         from skipcat_edge.runtime.source import stock_tree
 
         request = self._request
+        assert request.calibration is not None
         self._measured.clear()
+        model = load_model(request.source, "cpu", step.phase)
+        # asking for more tokens than there are would be an error
+        there = load_calibration(request.calibration, model).tokens
+        tokens = request.calib_tokens if there >= request.calib_tokens else None
         request.statistics.unlink(missing_ok=True)  # another text's, which would be refused
         found = obtain_statistics(
             request.source, GGUFReader(request.reference), stock_tree(request.runtime_source),
-            CalibrationOptions(request.calibration, request.calib_tokens), request.statistics, step.phase)
+            CalibrationOptions(request.calibration, tokens), request.statistics, step.phase, model)
         return {"tokens": found.provenance.tokens}
 
     def entry(self, entry: Entry, step: Step) -> dict[str, Any]:
@@ -55,14 +61,20 @@ class Builder:
                 options = replace(options, method=METHODS[self._request.method])
             if entry.calibrated:
                 options = replace(options, ratio=entry.ratio, stats=self._request.statistics,
-                                  calibration=self._request.calibration,
-                                  calib_tokens=self._request.calib_tokens)
+                                  calibration=self._request.calibration, calib_tokens=self._calib_tokens())
             self._convert(options, step)
             self._check_stored(entry)
         except UnreachableError as error:
             entry.path.unlink(missing_ok=True)
             return {"impossible": error.message}
         return self._found(entry.path, entry.type, entry.ratio)
+
+    def _calib_tokens(self) -> int | None:
+        """What the statistics were asked for."""
+        from skipcat_converter.statistics_file import read_provenance
+
+        asked, found = self._request.calib_tokens, read_provenance(self._request.statistics)
+        return asked if found.calib_tokens == asked else None
 
     def _options(self, out: Path, type_: str) -> ConvertOptions:
         """A dense file without calibration."""

@@ -26,7 +26,8 @@ class Request:
     types: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     method: str = "auto"
-    calib_tokens: int | None = None
+    calib_tokens: int = 0
+    """The most to read."""
     max_tokens: int = 0
     window: int = 256
     prompt_tokens: int = 128
