@@ -89,6 +89,8 @@ class Axis:
     title: str
     words: str
     """In a sentence: the front by ..."""
+    short: str
+    """In a table."""
     value: Callable[[Figures], Measured | None]
     less_is_better: bool
 
@@ -110,10 +112,10 @@ def _size(figures: Figures) -> Measured:
     return Measured(figures.nbytes, figures.nbytes, figures.nbytes)
 
 
-SIZE = Axis("size", "Size", "size", _size, True)
-FIRST_TOKEN = Axis("first-token", "Time to first token", "time to first token",
+SIZE = Axis("size", "Size", "size", "size", _size, True)
+FIRST_TOKEN = Axis("first-token", "Time to first token", "time to first token", "first token",
                    lambda figures: figures.first_token, True)
-DECODE = Axis("decode", "Decode speed", "decode speed", lambda figures: figures.decode, False)
+DECODE = Axis("decode", "Decode speed", "decode speed", "decode", lambda figures: figures.decode, False)
 
 
 def better_loss(one: Figures, other: Figures) -> int:

@@ -110,7 +110,7 @@ def _jobs(request: Request, listed: Sequence[Entry], state: State) -> Iterator[J
             needs = (_REFERENCE, _STATISTICS) if entry.calibrated else (_REFERENCE,)
 
             def inputs(entry: Entry = entry) -> dict[str, Any]:
-                found = {"reference": identity(request.reference), **versions}
+                found: dict[str, Any] = {"reference": identity(request.reference), **versions}
                 if entry.calibrated:
                     found |= {"statistics": identity(request.statistics), "calibration": calibration,
                               "method": request.method}

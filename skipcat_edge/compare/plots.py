@@ -73,9 +73,11 @@ def _as_element(document: str, axis: Axis) -> str:
 def _style() -> Iterator[None]:
     import matplotlib as mpl
 
-    chosen = {"svg.fonttype": "none", "svg.hashsalt": "skipcat-edge", "font.family": ["sans-serif"],
-              "font.sans-serif": _FONTS, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-              "xtick.color": INK, "ytick.color": INK, "text.parse_math": False, "axes.unicode_minus": False}
+    chosen: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "skipcat-edge", "font.family": ["sans-serif"],
+        "font.sans-serif": _FONTS, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "text.parse_math": False, "axes.unicode_minus": False,
+    }
     with mpl.rc_context(chosen), warnings.catch_warnings():
         # a file's name may have letters that the font has not
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
@@ -253,8 +255,8 @@ def _label_points(figure: Figure, axes: Axes, axis: Axis, files: Sequence[Figure
     sizes = []
     for each in named:
         measured = Text(0, 0, each.label, fontsize=_LABEL, figure=figure)
-        box = measured.get_window_extent(renderer)
-        sizes.append((box.width + 4 * scale, box.height + 2 * scale))
+        extent = measured.get_window_extent(renderer)
+        sizes.append((extent.width + 4 * scale, extent.height + 2 * scale))
     anchors = [pixels(_x(axis, each), _y(each)) for each in named]
     half = (_MARKER / 2 + 1) * scale
     points = [pixels(_x(axis, each), _y(each)) for each in files]

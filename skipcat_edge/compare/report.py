@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcat_edge.compare.figures import DENSE, SIZE, Comparison, Figures, Kind, Measured
+from skipcat_edge.compare.figures import DENSE, Comparison, Figures, Kind, Measured
 from skipcat_edge.compare.plots import save_png, svg
 from skipcat_edge.compare.verdict import findings, front_sentence, number, worth_having
 from skipcat_edge.output import atomic_output
@@ -104,7 +104,7 @@ def _cells(comparison: Comparison, each: Figures) -> list[Cell]:
         Cell(each.type, "text"), Cell(f"{each.ratio:.2g}"), Cell(decimal_bytes(each.nbytes)), _loss(each),
         *quality, _spread(each.first_token, seconds), *decode,
         Cell("-" if each.peak_bytes is None else decimal_bytes(each.peak_bytes)),
-        Cell(", ".join(axis.words for axis in comparison.on_fronts(each)), "text"),
+        Cell(", ".join(axis.short for axis in comparison.on_fronts(each)), "text"),
     ]
 
 
@@ -143,7 +143,7 @@ def terminal_table(comparison: Comparison) -> Table:
     table.columns[-1].justify = "left"
     for each in _by_size(comparison):
         speed = [] if each.decode is None else [tokens_per_second(each.decode.value)]
-        fronts = ", ".join("size" if axis is SIZE else axis.words for axis in comparison.on_fronts(each))
+        fronts = ", ".join(axis.short for axis in comparison.on_fronts(each))
         table.add_row(escape(each.file), each.kind.value, decimal_bytes(each.nbytes), number(each.loss),
                       number(each.loss_se, 2), seconds(each.first_token.value), *speed, fronts)
     return table
