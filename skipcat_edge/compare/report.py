@@ -101,8 +101,8 @@ def _cells(comparison: Comparison, each: Figures) -> list[Cell]:
     decode = [] if each.decode is None else [_spread(each.decode, tokens_per_second)]
     return [
         Cell(each.file, "text file"), Cell(each.kind.value, f"text kind {_css(each.kind)}"),
-        Cell(each.type, "text"), Cell(f"{each.ratio:.2g}"), Cell(decimal_bytes(each.nbytes)), _loss(each),
-        *quality, _spread(each.first_token, seconds), *decode,
+        Cell(each.type, "text"), Cell(f"{each.ratio:.2g}"), Cell(decimal_bytes(each.nbytes), "size"),
+        _loss(each), *quality, _spread(each.first_token, seconds), *decode,
         Cell("-" if each.peak_bytes is None else decimal_bytes(each.peak_bytes)),
         Cell(", ".join(axis.short for axis in comparison.on_fronts(each)), "text"),
     ]
