@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from skipcat_edge import format as fmt
 from skipcat_edge.card import Conversion, new_card
 from skipcat_edge.card_source import source_of_directory
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UnreachableError, UserError
 from skipcat_edge.extra import Phase
 from skipcat_edge.output import atomic_outputs
 
+from .allocation import Groups
 from .base_gguf import open_base
 from .calibrate import CalibrationOptions, checked_layers, load_model, obtain_statistics
 from .calibration import load_calibration, require_calibration
@@ -114,10 +115,16 @@ class ConvertResult:
     """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
 
 
-def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
+Measured = dict[tuple[GGMLQuantizationType, Method, Rounding], Groups]
+"""What the layers' alternatives lose, by what was asked; all from the same statistics."""
+
+
+def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = None) -> ConvertResult:
     """Convert, and write `options.output` and its card whole or not at all.
 
-    Raises UserError for bad input; see each stage.
+    `measured` is read and added to: another ratio from the same statistics then need not measure the
+    layers again. Raises UnreachableError where the type's grid of ranks does not reach the ratio, and
+    UserError for other bad input; see each stage.
     """
     torch.manual_seed(options.seed or 0)
     if options.allocation == "flrc" and not (options.gradients and options.method.whiten):
@@ -149,7 +156,7 @@ def convert(options: ConvertOptions, phase: Phase) -> ConvertResult:
         weights = Weights.of(reader, layers.groups, options.device)
         compressor = Compressor(weights, statistics, options.method, options.types, options.rounding,
                                 layers.groups)
-        plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase)
+        plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase, measured)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         result.kept = _kept(layers, plan)
         if statistics is not None and options.method.compensate and options.compensate:
@@ -216,7 +223,8 @@ def _compensation(
 
 
 def _plan(
-    options: ConvertOptions, reader: GGUFReader, layers: LayerMap, compressor: Compressor, phase: Phase
+    options: ConvertOptions, reader: GGUFReader, layers: LayerMap, compressor: Compressor, phase: Phase,
+    measured: Measured | None,
 ) -> Plan:
     type_, method = options.types.linear, options.method
     allocation = options.allocation or method.allocation
@@ -227,16 +235,20 @@ def _plan(
         # the papers' rule; it needs no spectra
         plan = plan_uniform(layers.groups, method, options.ratio, grid)
     else:
-        measured = replace(method, two_sided=options.two_sided)
-        with phase("Measuring layers", len(layers.groups)) as advance:
-            groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, measured,
-                                    options.rounding, lambda: advance(1))
+        metric = replace(method, two_sided=options.two_sided)
+        known = {} if measured is None else measured
+        groups = known.get((type_, metric, options.rounding))
+        if groups is None:
+            with phase("Measuring layers", len(layers.groups)) as advance:
+                groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, metric,
+                                        options.rounding, lambda: advance(1))
+            known[type_, metric, options.rounding] = groups
         plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
         reasons = Counter({**layers.dense, **plan.dense}.values()).most_common(1)
         reason = reasons[0][0] if reasons else "it has no linear layers that the runtime factors"
         hint = "; raise --ratio, or choose a --quant with a smaller block" if plan.dense else ""
-        raise UserError(
+        raise UnreachableError(
             f"No layer of {options.source.name} can be low-rank at ratio {options.ratio:g}: {reason}{hint}."
         )
     return plan

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from skipcat_edge import format as fmt
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UnreachableError
 
 from .allocation import BudgetError, Cost, Groups, allocate, least_cost
 from .candidates import Candidate, Form, alternatives, measure, problem
@@ -89,7 +89,7 @@ def make_plan(
 ) -> Plan:
     """Ranks and forms of least predicted loss, or by the rule that `allocation` names.
 
-    Raises UserError if the budget is below the lowest cost.
+    Raises UnreachableError if the budget is below the lowest cost.
     """
     layers = _layers(groups)
     cost, total = cost_of(budget, layers, type_)
@@ -103,7 +103,7 @@ def make_plan(
         candidates = [candidate for group in groups for candidate in group[0 if method.share else -1]]
         return allocate_by_rule(candidates, RULES[allocation], total, cost, grid, skip)
     except BudgetError as error:
-        raise UserError(
+        raise UnreachableError(
             f"{str(budget).capitalize()} is too little: with the lowest ranks on the grid of {grid}, "
             f"{_least(budget, error.least, layers)} is the smallest possible; "
             "raise it, or choose a --quant with a smaller block."

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "Compress a Hugging Face model and write it as GGUF.",
     "plan": "Predict memory and speed of a model's possible files on a device.",
     "sweep": "Predict size and loss at many ratios and types.",
+    "compare": "Build a model's files, measure them, and report which are worth having.",
     "inspect": "Show ranks, types, sizes and provenance of a GGUF file.",
     "generate": "Continue a text.",
     "chat": "Chat with a model.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.errors import UserError
+from skipcat_edge.perplexity import mean_and_error
 from skipcat_edge.session import BATCH, ModelInfo, model_info, open_embedding
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class EmbeddingSimilarity:
     cosine_mean: float
     cosine_min: float
     lines: int
+    cosine_se: float = 0.0
+    """Standard error of `cosine_mean`."""
 
 
 def lines_of(text: str, name: str = "The text") -> list[str]:
@@ -68,7 +71,8 @@ def compare(llama: Any, reference: Any, lines: Sequence[str],
     values = np.concatenate(cosines)
     if not np.isfinite(values).all():
         raise UserError("An embedding is not finite; convert the model again from sound weights.")
-    return EmbeddingSimilarity(float(values.mean()), float(values.min()), len(values))
+    mean, error = mean_and_error(values)
+    return EmbeddingSimilarity(mean, float(values.min()), len(values), error)
 
 
 def embed(llama: Any, lines: Sequence[str]) -> np.ndarray:

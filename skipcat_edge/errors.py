@@ -11,6 +11,10 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
+class UnreachableError(UserError):
+    """A size that the model cannot have: its type's grid of ranks does not reach it."""
+
+
 def first_line(error: Exception) -> str:
     """What `error` says, as a part of a sentence: its first line, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

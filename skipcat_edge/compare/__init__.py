@@ -1,0 +1,1 @@
+"""One model in many files: built, measured side by side, and reported on one page."""

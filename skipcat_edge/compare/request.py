@@ -1,0 +1,151 @@
+"""What the user wants compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipcat_edge.compare.figures import Kind
+from skipcat_edge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """All options, checked."""
+
+    source: Path
+    """Hugging Face directory, or the dense GGUF that `files` are compared with."""
+    source_name: str
+    """As the user calls it: its path or hub id."""
+    folder: Path
+    text: Path
+    calibration: Path | None
+    """None where nothing is built."""
+    ratios: tuple[float, ...] = ()
+    """Below 1, falling."""
+    types: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    method: str = "auto"
+    calib_tokens: int = 0
+    """The most to read."""
+    max_tokens: int = 0
+    window: int = 256
+    prompt_tokens: int = 128
+    gen_tokens: int = 64
+    repetitions: int = 5
+    threads: int = 1
+    base: Path | None = None
+    runtime_source: Path | None = None
+    command: str = ""
+    """What was typed."""
+
+    @property
+    def builds(self) -> bool:
+        """Files are made, not only measured."""
+        return not self.source.is_file()
+
+    @property
+    def reference(self) -> Path:
+        """The dense file that all others are compared with."""
+        return self.folder / f"dense-{self.reference_type}.gguf" if self.builds else self.source
+
+    @property
+    def reference_type(self) -> str:
+        """F16, as convert makes it, unless a file is to be more exact."""
+        return next((type_ for type_ in ("F32", "BF16") if type_ in self.types), "F16")
+
+    @property
+    def statistics(self) -> Path:
+        return self.folder / "statistics"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the comparison besides the reference."""
+
+    path: Path
+    kind: Kind
+    label: str
+    type: str
+    ratio: float = 1.0
+    given: bool = field(default=False)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.kind in (Kind.FEEDBACK, Kind.LOW_RANK)
+
+
+def entries(request: Request) -> list[Entry]:
+    """Files to build, by type and falling ratio, then those that were given.
+
+    Raises UserError where a given file cannot be read, or is none to compare.
+    """
+    found: list[Entry] = []
+    for type_ in request.types:
+        def entry(kind: Kind, ratio: float, type_: str = type_) -> Entry:
+            name, label = f"{kind.name.lower().replace('_', '-')}-{type_}", type_
+            if kind is Kind.LOW_RANK:
+                name, label = f"{name}-{ratio:g}", f"{label} {ratio:g}"
+            return Entry(request.folder / f"{name}.gguf", kind, label, type_, ratio)
+
+        if type_ != request.reference_type:
+            found.append(entry(Kind.PLAIN, 1.0))
+            if _rounds(type_):
+                found.append(entry(Kind.FEEDBACK, 1.0))
+        found += [entry(Kind.LOW_RANK, ratio) for ratio in request.ratios]
+    return [*found, *_given(request)]
+
+
+def _rounds(type_: str) -> bool:
+    """Whether there is an error to pass on that matters: that of F16 and BF16 does not."""
+    return type_ not in ("F32", "F16", "BF16")
+
+
+def _given(request: Request) -> list[Entry]:
+    from collections import Counter
+
+    from skipcat_edge.inspection import inspect
+
+    found = []
+    labels: Counter[str] = Counter(path.stem for path in request.files)
+    for path in request.files:
+        inspection = inspect(path)
+        types = Counter(layer.type for layer in inspection.dense_layers)
+        for owner in inspection.owners:
+            types.update(member.type.name for member in owner.members)
+        stem = path.stem if labels[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
+        found.append(Entry(
+            path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, shortened(stem),
+            types.most_common(1)[0][0] if types else "-", inspection.totals.ratio, given=True))
+    return found
+
+
+def shortened(text: str, letters: int = 28) -> str:
+    """`text` as one printable line of at most `letters`, its middle left out where it is longer."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    if len(line) <= letters:
+        return line
+    return f"{line[: letters // 2]}…{line[len(line) - (letters - letters // 2 - 1):]}"
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """`0.9,0.8` as falling numbers; 1 is dense, which is there in any case. Raises UserError."""
+    from skipcat_edge.ranks import check_ratio
+
+    try:
+        shares = {float(part) for part in text.split(",")}
+    except ValueError:
+        raise UserError(f"--ratios is {text!r}; give numbers with commas between them.") from None
+    for ratio in shares:
+        check_ratio(ratio)
+    return tuple(sorted(shares - {1.0}, reverse=True))
+
+
+def parse_types(text: str) -> tuple[str, ...]:
+    """`F16,Q4_0` as ggml's names. Raises UserError."""
+    from skipcat_edge.weight_types import weight_type
+
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise UserError("--types names no type; give at least one, for example --types Q4_0.")
+    return tuple(dict.fromkeys(weight_type(name, have_importance=True).name for name in names))
