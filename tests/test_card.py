@@ -247,6 +247,27 @@ def test_figures_survive_what_people_do_to_cards(demo_dense_gguf: Path) -> None:
     assert add_figures(newer, demo_dense_gguf, []) == newer
 
 
+def test_cosines_and_tasks_are_figures_as_well(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    from skipcat_edge.card_figures import similarity_figures, task_figures
+    from skipcat_edge.embedding_eval import EmbeddingSimilarity
+    from skipcat_edge.task_eval import TaskResult
+
+    text = tmp_path / "lines.txt"
+    text.write_text("one\ntwo\n")
+    cosines = similarity_figures(EmbeddingSimilarity(cosine_mean=0.98765, cosine_min=0.5, lines=2),
+                                 demo_dense_gguf, text, Path("/far/big.gguf"))
+    pytest.importorskip("lm_eval")
+    results = [TaskResult("arc_easy", "acc", "none", 0.25, 0.125, 1200, 0.5, 0.25),
+               TaskResult("gsm8k", "exact_match", "strict", 0.75, None, 3)]
+    tasks = task_figures(results, Path("/far/big.gguf"), 1024)
+    rows = table(add_figures("", demo_dense_gguf, [*cosines, *tasks]), "Measured")
+    assert rows == {
+        "figure": "value", "mean cosine to `big.gguf`": "0.9877", "lowest cosine to `big.gguf`": "0.5000",
+        "arc_easy, acc": "0.2500 ± 0.1250 (`big.gguf`: 0.5000 ± 0.2500)",
+        "gsm8k, exact_match (strict)": "0.7500",
+    }
+
+
 def test_an_unwritable_card_is_refused_before_measuring(demo_dense_gguf: Path, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.gguf"

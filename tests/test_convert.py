@@ -281,6 +281,7 @@ def test_statistics_without_gradients_do_not_serve_those_with(demo_dense_gguf: P
     assert result.exit_code == 0, result.output
     assert "Without gradients" in result.output
     out.unlink()
+    out.with_suffix(".md").unlink()
     assert_refused(run(DEMO / "model", *arguments), out, "without gradients", "--no-grad")
 
 

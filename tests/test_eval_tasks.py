@@ -145,12 +145,10 @@ def test_written_answers_are_those_of_lm_evals_own_model(both: tuple[Any, Any]) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("both", [None], ids=["whole context"], indirect=True)
 def test_the_command_tells_what_lm_eval_computed(
     both: tuple[Any, Any], folder: Path, demo_dense_gguf: Path, demo_low_rank_gguf: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if "short" in request.node.name:
-        pytest.skip("once is enough")
     found = run_json("eval", demo_low_rank_gguf, "--tasks", "choose,roll,write", "--task-path", folder,
                      "--reference", demo_dense_gguf, "--threads", 1)
     rows = {(row["task"], row["metric"]): row for row in found["tasks"]}
