@@ -59,6 +59,7 @@ def test_compare_refuses(arguments: str, words: list[str], tmp_path: Path) -> No
         assert word in result.stderr
     assert result.stderr.count("\n") == 1
     assert (full / "report.html").read_text(encoding="utf-8") == "somebody's"
+    assert not (tmp_path / "new").exists()
 
 
 class Counted:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _ARGUMENTS = "skipcat_edge.arguments"
 _RATIOS, _TYPES = "0.9,0.8,0.6", "F16,Q8_0,Q4_0"
-_CALIB_TOKENS = 16_384  # every file that is fitted reads them again
+_CALIB_TOKENS = 8_192  # every file that is fitted reads them again
 
 
 class _KeepsArguments(click.Command):

@@ -30,8 +30,8 @@ def run(request: Request, force: bool) -> Comparison:
     `force` starts over. Raises UserError for bad input, where the folder holds something else or is in
     use, and as the steps do; what they finished stays.
     """
+    listed = entries(request)
     with _locked_folder(request, force) as state:
-        listed = entries(request)
         jobs = [*_jobs(request, listed, state)]
         stale = state.to_do(jobs)
         total = sum(job.weight for job in jobs)
