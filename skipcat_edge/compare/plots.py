@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.compare.figures import DECODE, SIZE, Axis, Comparison, Figures, Kind
 from skipcat_edge.compare.labels import Box, place
+from skipcat_edge.compare.request import shortened
 from skipcat_edge.output import atomic_output
 
 if TYPE_CHECKING:
@@ -196,8 +197,8 @@ def _finish(figure: Figure, axes: Axes, comparison: Comparison, axis: Axis) -> N
     width, height = _SIZE
     left = _LEFT / width
     better = "lower and further left" if axis.less_is_better else "lower and further right"
-    figure.text(left, 1 - 0.32 / height, f"{axis.title} and loss", fontsize=14, fontweight="bold",
-                va="center")
+    title = f"{axis.title} and loss, {shortened(comparison.model)}"
+    figure.text(left, 1 - 0.32 / height, title, fontsize=14, fontweight="bold", va="center")
     figure.text(1 - _RIGHT / width, 1 - 0.32 / height, f"{better} is better", fontsize=10, va="center",
                 ha="right")
     figure.legend(handles=_legend(comparison), loc="upper left", bbox_to_anchor=(left, 1 - 0.5 / height),
