@@ -105,7 +105,7 @@ def bench(files: Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: 
     Returns a result for each file and number of threads, files first. Raises UserError if a file cannot be
     loaded or a process fails.
     """
-    names = [str(file) for file in files]
+    names = [files] if isinstance(files, str) else [str(file) for file in files]
     threads = threads or [default_threads()]
     for name in names:
         require_gguf(Path(name))

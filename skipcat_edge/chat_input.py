@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 _QUOTES = '"""'
 _HISTORY_LINES = 1000
 
 
-def read_message(read: Callable[[str], str | None]) -> str | None:
+@dataclass(frozen=True)
+class Message:
+    """What was typed."""
+
+    text: str
+    command: bool = False
+    """It is one of the chat's own, such as `/exit`, and not for the model."""
+
+
+def read_message(read: Callable[[str], str | None]) -> Message | None:
     """The next message; None at the end of the input.
 
     A line that ends in a backslash goes on in the next one, and between lines with three quotation marks all
@@ -21,7 +32,7 @@ def read_message(read: Callable[[str], str | None]) -> str | None:
     if line is None:
         return None
     if line.strip().startswith(_QUOTES):
-        return _quoted(line.strip()[len(_QUOTES):], read)
+        return Message(_quoted(line.strip()[len(_QUOTES):], read))
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -29,7 +40,8 @@ def read_message(read: Callable[[str], str | None]) -> str | None:
         if more is None:
             break
         lines.append(more)
-    return "\n".join(lines).strip()
+    text = "\n".join(lines).strip()
+    return Message(text, command=len(lines) == 1 and text.startswith("/"))
 
 
 def _quoted(first: str, read: Callable[[str], str | None]) -> str:
@@ -47,12 +59,17 @@ def _quoted(first: str, read: Callable[[str], str | None]) -> str:
 def line_reader() -> Callable[[str], str | None]:
     """Reads lines from the terminal, with editing keys and the lines of earlier chats, or from a pipe."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         return _read_pipe
     try:
         import readline
     except ImportError:  # a Python without it
         return _ask
-    history = _history_file()
+    try:
+        history = _history_file()
+    except OSError:  # no folder to keep one in
+        return _ask
     with suppress(OSError):  # there is none yet
         readline.read_history_file(history)
     readline.set_history_length(_HISTORY_LINES)
@@ -72,6 +89,9 @@ def _read_pipe(_prompt: str) -> str | None:
 
 
 def _ask(prompt: str) -> str | None:
+    if not sys.stdout.isatty():  # input() would write the prompt among the replies
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
         return input(prompt)
     except EOFError:

@@ -43,7 +43,14 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         compensate, gradients: as --no-compensation and --no-grad, the other way round.
         base: dense GGUF of the same model, instead of converting it here.
         runtime_source: pinned llama-cpp-python archive (None: fetch it).
+        calib_tokens: tokens of the text that are read (None: up to 65,536); `seq_len` of one window.
+        device: `cpu` or `cuda`, of the calibration. `seed`: of the loss whose gradients are taken.
+        force: replace what is there.
         phase: hears the stages' progress; `warn` a sentence for the user.
+
+    Returns:
+        What was written: bytes, and each projection's rank, form and relative error. The methods' sources are
+        named in factorize.METHODS.
 
     Raises:
         UserError: for bad input; the extra `convert` or the runtime is missing. Then nothing is written.
@@ -80,6 +87,8 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
 
     if method not in METHODS:
         raise UserError(f"There is no method {method}; the known ones are {', '.join(METHODS)}.")
+    if rounding not in ("feedback", "plain"):
+        raise UserError(f"There is no rounding {rounding}; it is feedback or plain.")
     if low_rank and not (stats is not None and stats.exists()):
         require_calibration(METHODS[method], calibration)
     if stats is not None and not stats.exists():

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from skipcat_edge.divergence import Divergence, check_reference, compare
+from skipcat_edge.errors import UserError
 from skipcat_edge.perplexity import Perplexity, open_for_perplexity, perplexity, start_token, text_chunks
 from skipcat_edge.reference import LiveReference, Reference, stored_reference
 from skipcat_edge.samples import PROMPT_TOKENS, Sample, continuations, prompts_of, text_of
-from skipcat_edge.session import BATCH, open_generative, open_model
+from skipcat_edge.session import BATCH, model_info, open_generative, open_model
 
 Begin = Callable[[str, int], Callable[[], None]]
 """Hears a title and a number of steps; what it returns is called after each of them."""
@@ -55,6 +56,9 @@ def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int
     UserError for what cannot be read, loaded or compared.
     """
     model, dense_file = Path(file), None if reference is None else Path(reference)
+    if model_info(model).embedding:
+        raise UserError(f"{model} is an embedding model and predicts no tokens; compare it with "
+                        "embedding_eval.compare, or `skipcat-edge eval`.")
     if dense_file is not None:
         check_reference(model, dense_file)
     read = _tokenize(model, text, name, window, max_tokens, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from skipcat_edge.model_table import MODELS, ModelDimensions
 
 _QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}
 """Architectures with q, k, v, an output and a gated feed-forward -> whether q, k and v have a bias."""
-_LEAST = 1
+_MOST = 2**31 - 1
 
 
 def read_dimensions(source: str) -> ModelDimensions:
@@ -27,9 +28,9 @@ def read_dimensions(source: str) -> ModelDimensions:
     path = Path(source)
     if source in MODELS:
         return MODELS[source]
-    if path.is_dir():
+    if os.path.isdir(source):  # noqa: PTH112 (False, not an error, for what no file can be called)
         return _from_config(path / "config.json", path.resolve().name)
-    if path.is_file() or path.suffix == ".gguf":
+    if os.path.isfile(source) or path.suffix == ".gguf":  # noqa: PTH113
         return _from_gguf(path)
     if source.count("/") == 1 and not source.startswith((".", "/")):
         return _from_config(_fetch(source), source)
@@ -56,7 +57,7 @@ def _from_config(path: Path, name: str) -> ModelDimensions:
         config: Any = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({first_line(error)}).") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's configuration.")
@@ -67,12 +68,14 @@ def _from_config(path: Path, name: str) -> ModelDimensions:
         return _number(path, config, key, default)
 
     n_embd, n_head = number("hidden_size"), number("num_attention_heads")
-    tied = config.get("tie_word_embeddings", kind == "qwen2")
+    tied = config.get("tie_word_embeddings", False)
     bias = bool(config.get("attention_bias", _QKV_BIAS[kind]))
     return ModelDimensions(
         name=name, architecture="qwen2" if bias else "llama", vocabulary="", n_vocab=number("vocab_size"),
         n_embd=n_embd, n_layer=number("num_hidden_layers"), n_head=n_head,
-        n_head_kv=number("num_key_value_heads", n_head), head_dim=number("head_dim", n_embd // n_head),
+        # of the others transformers has defaults of its own
+        n_head_kv=number("num_key_value_heads", n_head if kind == "llama" else None),
+        head_dim=number("head_dim", 128 if kind == "qwen3" else n_embd // n_head),
         n_ff=number("intermediate_size"), context_length=number("max_position_embeddings", 2048),
         rope_theta=10000.0, norm_eps=1e-5, tied_head=bool(tied), qkv_bias=bias,
     )
@@ -94,6 +97,9 @@ def _from_gguf(path: Path) -> ModelDimensions:
         "context_length": Keys.LLM.CONTEXT_LENGTH,
     }
     found = {name: field_value(reader, key.format(arch=kind)) for name, key in keys.items()}
+    if field_value(reader, Keys.LLM.EXPERT_COUNT.format(arch=kind)):
+        raise UserError(f"{path} is a mixture of experts, which cannot be planned; measure it with "
+                        "`skipcat-edge bench`.")
 
     def number(name: str, default: int | None = None) -> int:
         return _number(path, found, name, default)
@@ -118,6 +124,6 @@ def _require_known(path: Path, kind: str) -> None:
 def _number(path: Path, values: Mapping[str, Any], key: str, default: int | None) -> int:
     value = values.get(key)
     value = default if value is None else value
-    if type(value) is not int or value < _LEAST:
-        raise UserError(f"{path}: `{key}` is {value!r}, but it must be a number from {_LEAST} on.")
+    if type(value) is not int or not 0 < value <= _MOST:
+        raise UserError(f"{path}: `{key}` is {value!r}, but it must be a number from 1 to {_MOST}.")
     return value

@@ -25,16 +25,18 @@ _BATCH_FLOATS_PER_FF = 4.1
 """Intermediate results that a batch touches, for each token and output of the feed-forward. llama.cpp
 reserves more, for the logits of all tokens, but memory that nobody writes to takes no room."""
 
-# Type -> features of which one makes ggml keep a second copy of the weights in the order its kernels read
-# them, as ggml_repack_get_optimal_repack_type of the pinned llama.cpp decides, and the rows it needs.
-_REPACKED: dict[str, tuple[frozenset[str], int]] = {
-    "Q4_0": (frozenset({"avx2", "asimddp"}), 8),
-    "IQ4_NL": (frozenset({"avx2", "asimddp"}), 8),
-    "Q4_K": (frozenset({"avx2", "asimddp"}), 8),
-    "Q2_K": (frozenset({"avx512f"}), 8),
-    "Q5_K": (frozenset({"asimddp"}), 8),
-    "Q6_K": (frozenset({"asimddp"}), 8),
-    "Q8_0": (frozenset({"asimddp"}), 4),
+# Type -> feature -> of what the rows must be a multiple for ggml to keep a second copy of the weights in the
+# order that its kernels read: ggml_repack_get_optimal_repack_type of the pinned llama.cpp.
+_REPACKED: dict[str, dict[str, int]] = {
+    "Q4_0": {"avx2": 8, "asimddp": 4},
+    "IQ4_NL": {"avx2": 8, "asimddp": 4},
+    "MXFP4": {"avx2": 8, "asimddp": 4},
+    "Q4_K": {"avx2": 8, "asimddp": 8},
+    "Q2_K": {"avx512f": 8},
+    "Q5_K": {"asimddp": 8},
+    "Q6_K": {"asimddp": 8},
+    "Q8_0": {"asimddp": 4},
+    "Q1_0": {"asimddp": 4},
 }
 
 
@@ -89,5 +91,5 @@ def _repacked(model: PlannedModel, features: Collection[str]) -> int:
 
 def is_repacked(type_: GGMLQuantizationType, rows: int, features: Collection[str]) -> bool:
     """Whether ggml keeps a repacked copy of a matrix on a CPU with `features`."""
-    needed, multiple = _REPACKED.get(type_.name, (frozenset(), 1))
-    return bool(needed & set(features)) and rows % multiple == 0
+    multiples = _REPACKED.get(type_.name, {})
+    return any(feature in features and rows % multiple == 0 for feature, multiple in multiples.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from skipcat_edge.errors import UserError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from skipcat_edge.synth_plan import Plan as PlannedModel
 
 TYPES, RATIOS = ("F16", "Q8_0", "Q4_0"), (0.9, 0.8, 0.6)
+DEFAULT_CONTEXT = 4096
 _FLOATS = ("F32", "F16", "BF16")
 _WORTH_A_THOUGHT = 1.1
 _SHARE_OF_RAM = 0.8
@@ -35,7 +37,7 @@ class Speed(Protocol):
 class Wishes:
     """What a candidate must keep to, as far as it is said."""
 
-    context: int = 4096
+    context: int
     """Tokens."""
     prompt_tokens: int = 512
     min_speed: float | None = None
@@ -77,7 +79,8 @@ class Candidate:
 class PlanResult:
     """What `plan` found."""
 
-    model: str
+    source: str
+    """As it was given."""
     device: str
     wishes: Wishes
     max_ram: int | None
@@ -100,32 +103,70 @@ class PlanResult:
                 "recommended": None if self.recommended is None else plain(self.recommended)}
 
 
-def plan(source: str, *, device: str = "host", wishes: Wishes = Wishes(), types: Sequence[str] = TYPES,
-         ratios: Sequence[float] = RATIOS, threads: int | None = None,
+def plan(source: str | Path, *, device: str = "host", context: int | None = None, prompt_tokens: int = 512,
+         min_speed: float | None = None, max_first_token: float | None = None, max_ram: int | None = None,
+         types: Sequence[str] = TYPES, ratios: Sequence[float] = RATIOS, threads: int | None = None,
          begin: Callable[[str, int], Callable[[], None]] = lambda title, total: lambda: None) -> PlanResult:
     """Predict memory and speed of `source` on `device`, dense and at `ratios`, in each of `types`.
 
-    `source`: as `model_config.read_dimensions`; of it the config alone is read. On `host`, this machine, some
-    layers are timed for some seconds with `threads` threads (`begin` hears a title and a number of steps, and
-    gives what is called after each); of others the preset says what is known. Raises UserError for a source,
-    device, type or ratio that there is not.
+    On `host`, this machine, some layers are timed for some seconds; of other devices the preset says what is
+    known.
+
+    Args:
+        source: as of `model_config.read_dimensions`; the config alone is read.
+        context: tokens of a conversation; None: 4,096, or fewer where the model was trained for fewer.
+        prompt_tokens: of a prompt.
+        min_speed: decoded tokens per second from an empty context, at least.
+        max_first_token: seconds of the prompt, at most.
+        max_ram: bytes; None: four fifths of the device's memory, of the largest that is sold.
+        types: ggml types; `ratios`: kept shares of the linear layers' parameters.
+        threads: of this machine; None: one for each physical core.
+        begin: hears a title and a number of steps, and gives what is called after each.
+
+    Raises:
+        UserError: for a source, device, type or ratio that there is not, or a context that is too long.
     """
     from skipcat_edge.device import load_device
     from skipcat_edge.model_config import read_dimensions
 
-    dimensions, target = read_dimensions(source), load_device(device)
-    if wishes.context > dimensions.context_length:
-        raise UserError(f"{source} was trained for a context of {dimensions.context_length:,} tokens, but "
-                        f"{wishes.context:,} are asked for; use a smaller --context.")
+    dimensions, target = read_dimensions(str(source)), load_device(device)
+    wishes = Wishes(_context(dimensions, context), prompt_tokens, min_speed, max_first_token, max_ram)
+    if not 0 < prompt_tokens <= wishes.context:
+        raise UserError(f"A prompt of {prompt_tokens:,} tokens does not fit into a context of "
+                        f"{wishes.context:,}; change --prompt-tokens or --context.")
     models, impossible = _models(dimensions, types, ratios)
-    speed, basis = _speed(target, dimensions, models, wishes, threads, begin)
-    limit = wishes.max_ram
+    limit = max_ram
     if limit is None and target.memory.ram_bytes:
         limit = round(_SHARE_OF_RAM * max(target.memory.ram_bytes))
-    candidates = tuple(_candidate(model, speed, target, wishes, limit) for model in models)
+    needs = [memory_need(model, wishes.context, prompt_tokens, target.features) for model in models]
+    fitting = [model for model, need in zip(models, needs, strict=True)
+               if limit is None or need.peak <= limit]
+    speed, basis = _speed(target, dimensions, fitting, wishes, threads, begin)
+    candidates = tuple(_candidate(model, need, speed, wishes, limit)
+                       for model, need in zip(models, needs, strict=True))
     recommended, reason = recommend(candidates)
-    return PlanResult(dimensions.name, device, wishes, limit, candidates, impossible, recommended, reason,
-                      basis)
+    return PlanResult(str(source), device, wishes, limit, candidates, impossible, recommended,
+                      reason + _unchecked(candidates, wishes), basis)
+
+
+def _context(dimensions: ModelDimensions, wanted: int | None) -> int:
+    trained = dimensions.context_length
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, trained)
+    if not 0 < wanted <= trained:
+        raise UserError(f"{dimensions.name} was trained for a context of {trained:,} tokens, but {wanted:,} "
+                        "are asked for; use another --context.")
+    return wanted
+
+
+def _unchecked(candidates: Sequence[Candidate], wishes: Wishes) -> str:
+    """A sentence on wishes that nothing is known about."""
+    unknown = []
+    if wishes.min_speed is not None and all(each.decode_tps is None for each in candidates):
+        unknown.append("decode speed")
+    if wishes.max_first_token is not None and all(each.first_token_s is None for each in candidates):
+        unknown.append("time to first token")
+    return f" The {' and the '.join(unknown)} could not be checked: it is not known here." if unknown else ""
 
 
 def _models(dimensions: ModelDimensions, types: Sequence[str],
@@ -142,7 +183,10 @@ def _models(dimensions: ModelDimensions, types: Sequence[str],
     def bits(type_: GGMLQuantizationType) -> int:
         return tensor_bytes(type_, 1, 256)
 
-    known = sorted({weight_type(name) for name in types}, key=bits, reverse=True)
+    names = [types] if isinstance(types, str) else types
+    known = sorted({weight_type(name) for name in names}, key=bits, reverse=True)
+    if not known:
+        raise UserError("No type is named; give one or more ggml types.")
     models, impossible = [], []
     for ratio in (1.0, *sorted({*ratios} - {1.0}, reverse=True)):
         for type_ in known:
@@ -173,20 +217,21 @@ def _speed(device: Device, dimensions: ModelDimensions, models: Sequence[Planned
     from skipcat_edge.session import default_threads
 
     threads = threads or default_threads()
-    types = list(dict.fromkeys(model.type for model in models))
-    ratio = min((model.ratio for model in models if model.low_rank), default=None)
-    advance = begin("probing this machine", steps(types))
-    found = probe(dimensions, types, ratio, threads=threads, prompt_tokens=min(wishes.prompt_tokens, 256),
+    ratios: dict[GGMLQuantizationType, float | None] = dict.fromkeys(model.type for model in models)
+    for model in models:
+        if model.low_rank:
+            ratios[model.type] = min(model.ratio, ratios[model.type] or 1.0)
+    advance = begin("probing this machine", steps(ratios))
+    found = probe(dimensions, ratios, threads=threads, prompt_tokens=min(wishes.prompt_tokens, 256),
                   advance=lambda _: advance())
     return found, f"Speeds: some layers of the model's size, timed on this machine with {threads} threads."
 
 
-def _candidate(model: PlannedModel, speed: Speed, device: Device, wishes: Wishes,
+def _candidate(model: PlannedModel, memory: MemoryNeed, speed: Speed, wishes: Wishes,
                limit: int | None) -> Candidate:
     def rate(seconds: float | None, tokens: int = 1) -> float | None:
         return None if seconds is None else tokens / seconds
 
-    memory = memory_need(model, wishes.context, wishes.prompt_tokens, device.features)
     prompt_s = speed.prompt_s(model, wishes.prompt_tokens)
     decode_tps = rate(speed.decode_s(model, 0))
     misses = []
@@ -205,7 +250,7 @@ def _candidate(model: PlannedModel, speed: Speed, device: Device, wishes: Wishes
 def recommend(candidates: Sequence[Candidate]) -> tuple[Candidate | None, str]:
     """The candidate with the best expected quality of those that suit, and why. `candidates`: best first.
 
-    F16 loses to Q8_0 here, which is half as large and not measurably worse (docs/quality.md).
+    F16 gives way to Q8_0, whose file is half as large and whose loss is within the noise (docs/quality.md).
     """
     suiting = [each for each in candidates if not each.misses]
     if not suiting:
@@ -214,7 +259,9 @@ def recommend(candidates: Sequence[Candidate]) -> tuple[Candidate | None, str]:
                       f"{' and of '.join(closest.misses)}: try a smaller model.")
     halved = {each.ratio for each in suiting if each.type == "Q8_0"}
     best = next(each for each in suiting if each.type not in _FLOATS or each.ratio not in halved)
-    if best.ratio == 1:
+    if best.ratio == 1 and best != suiting[0]:
+        why = f"{suiting[0].type} suits too, in a file twice as large that is hardly better"
+    elif best.ratio == 1:
         why = "the most bits that suit, and dense files lose least at their size"
     else:
         why = "no dense file suits, and of the low-rank ones it keeps most"

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from skipcat_edge.device import Device, Rates
     from skipcat_edge.synth_plan import Plan as PlannedModel
 
-# Of what fewer bytes and multiplications allow: docs/speed.md, geometric means of llama-3.2-1b.
+# Of what fewer bytes and multiplications allow: docs/speed.md, geometric means of llama-3.2-1b over all
+# types, prompts and contexts. Smaller models gain less.
 LOW_RANK_DECODE, LOW_RANK_PROMPT = 0.97, 0.93
 # A Pi 5 decodes with 10.25 of the 11.59 GB/s that are measured there, and of 17.07 by its memory's clock
 # (devices/rpi5.toml).
@@ -29,8 +30,10 @@ class PresetSpeed:
         rates = self._rates(model)
         if rates is None:
             return None
-        head = model.model.n_vocab * model.model.n_embd
-        seconds = (tokens * model.linear_parameters + head) / rates.prompt
+        dimensions = model.model
+        head = dimensions.n_vocab * dimensions.n_embd
+        attention = dimensions.n_layer * dimensions.n_head * dimensions.head_dim * tokens * (tokens + 1)
+        seconds = (tokens * model.linear_parameters + attention + head) / rates.prompt
         return seconds / (LOW_RANK_PROMPT if model.low_rank else 1)
 
     def decode_s(self, model: PlannedModel, depth: float) -> float | None:
@@ -50,9 +53,10 @@ class PresetSpeed:
                     f"(`skipcat-edge devices {self.device.name}` names the sources); other types are taken "
                     "for equally fast per byte and multiplication.")
         if memory.measured_bandwidth or memory.theoretical_bandwidth:
-            what = "measured" if memory.measured_bandwidth else "theoretical"
-            return (f"Decode speeds: from the {what} bandwidth of the memory. How fast prompts are there is "
-                    "not known; measure one with `skipcat-edge bench`.")
+            share, what = ((_OF_MEASURED, "measured") if memory.measured_bandwidth
+                           else (_OF_THEORETICAL, "theoretical"))
+            return (f"Decode speeds: {share:.0%} of the {what} bandwidth of the memory, as on a Raspberry "
+                    "Pi 5. How fast prompts are there is not known; measure one with `skipcat-edge bench`.")
         return "Nothing is known of this device's speed; `skipcat-edge bench` measures it there."
 
     def _rates(self, model: PlannedModel) -> Rates | None:

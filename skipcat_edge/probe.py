@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,9 @@ _LAYERS_BYTES = 128 * 10**6
 """Of the layers that are timed: more than caches hold."""
 _FEW_TOKENS = 64
 """Vocabulary of a model whose head should cost nothing."""
-_ROUNDS = 5
+_ROUNDS, _LEAST_ROUNDS = 5, 2
+_SECONDS = 10.0
+"""After so many, types still to come are timed `_LEAST_ROUNDS` times only."""
 _GENERATED = 12
 _DEPTH = 1024
 _WARM_UP = 2
@@ -69,6 +72,8 @@ class Probe:
     types: dict[str, TypeCosts]
     attention_s: float
     """Seconds that one layer's attention adds to decoding a token for each token before it."""
+    prompt_attention_s: float
+    """Seconds that it adds to a prompt for each pair of its tokens, both orders counted."""
 
     def prompt_s(self, model: PlannedModel, tokens: int) -> float | None:
         """Seconds of a prompt of `tokens` tokens; None for a type that was not probed."""
@@ -76,8 +81,9 @@ class Probe:
         layer = None if costs is None else _layer_s(costs, model, lambda cost: cost.prompt_s)
         if costs is None or layer is None:
             return None
-        # logits are computed for the last token alone
-        return model.model.n_layer * layer * tokens / self.prompt_tokens + costs.head.prompt_s
+        # what was timed holds the attention of `prompt_tokens`; logits are computed for the last token alone
+        attention = self.prompt_attention_s * tokens * (tokens - self.prompt_tokens)
+        return model.model.n_layer * (layer * tokens / self.prompt_tokens + attention) + costs.head.prompt_s
 
     def decode_s(self, model: PlannedModel, depth: float) -> float | None:
         """Seconds of a token after `depth` others; None for a type that was not probed."""
@@ -99,31 +105,35 @@ def _layer_s(costs: TypeCosts, model: PlannedModel, of: Callable[[Cost], float])
     return of(costs.low_rank) + more * dense / costs.dense_parameters
 
 
-def steps(types: Sequence[object]) -> int:
+def steps(types: Sized) -> int:
     """How often `probe` tells that it advances."""
     return 3 * len(types) + _ROUNDS * len(types) + 1
 
 
-def probe(model: ModelDimensions, types: Sequence[GGMLQuantizationType], ratio: float | None, *, threads: int,
+def probe(model: ModelDimensions, ratios: Mapping[GGMLQuantizationType, float | None], *, threads: int,
           prompt_tokens: int, advance: Callable[[str], None] = lambda _: None) -> Probe:
-    """Time layers of `model` in each of `types`, dense and at `ratio` (None: dense only).
+    """Time layers of `model` in each type of `ratios`, dense and low-rank at its ratio (None: dense only).
 
-    `advance` hears a title after each of `steps`. Writes some hundred megabytes into the folder for temporary
-    files for a while. Raises UserError where the runtime is missing or memory does not suffice.
+    `advance` hears a title after each of `steps`. Writes two or three layers and the head of each type into
+    the folder for temporary files for a while. Raises UserError where the runtime is missing, or memory or
+    that folder's room does not suffice.
     """
     found: dict[str, TypeCosts] = {}
-    attention = 0.0
-    for index, type_ in enumerate(types):
+    attention = prompt_attention = 0.0
+    started = time.monotonic()
+    for index, (type_, ratio) in enumerate(ratios.items()):
         with _subjects(model, type_, ratio, threads, prompt_tokens, advance) as subjects:
-            for _ in range(_ROUNDS):
-                for subject in subjects.values():
-                    subject.measure()
+            for turn in range(_ROUNDS):
+                share = _SECONDS * (index + 1) / len(ratios)
+                if turn < _LEAST_ROUNDS or time.monotonic() - started < share:
+                    for subject in subjects.values():
+                        subject.measure()
                 advance(type_.name)
             found[type_.name] = _costs(subjects)
-            if index == len(types) - 1:
-                attention = subjects["dense"].attention_s()
+            if index == len(ratios) - 1:
+                attention, prompt_attention = subjects["dense"].attention_s()
                 advance("attention")
-    return Probe(threads, prompt_tokens, found, attention)
+    return Probe(threads, prompt_tokens, found, attention, prompt_attention)
 
 
 class _Subject:
@@ -149,12 +159,15 @@ class _Subject:
     def cost(self) -> Cost:
         return Cost(statistics.median(self.prompts), statistics.median(self.decodes))
 
-    def attention_s(self) -> float:
-        """Seconds for each layer and token of the cache."""
-        prompt = self._tokens(_DEPTH)
-        filled = [*(prompt[start : start + BATCH] for start in range(0, _DEPTH, BATCH)), *self._before]
-        deep = time_batches(self.llama, self._decoded, filled) / len(self._decoded)
-        return max(0.0, deep - self.cost().decode_s) / _DEPTH / self.model.model.n_layer
+    def attention_s(self) -> tuple[float, float]:
+        """Seconds of a layer: for each token of the cache while decoding, and for each pair of a prompt."""
+        tokens, cost, layers = self._tokens(_DEPTH), self.cost(), self.model.model.n_layer
+        long = [tokens[start : start + BATCH] for start in range(0, _DEPTH, BATCH)]
+        deep = time_batches(self.llama, self._decoded, [*long, *self._before]) / len(self._decoded)
+        short = len(self._prompt)
+        more = time_batches(self.llama, long) - cost.prompt_s * _DEPTH / short
+        pairs = _DEPTH * max(1, _DEPTH - short)
+        return max(0.0, deep - cost.decode_s) / _DEPTH / layers, max(0.0, more) / pairs / layers
 
 
 @contextmanager
@@ -169,7 +182,11 @@ def _subjects(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float 
     if ratio is not None:
         wanted["low-rank"] = (few, ratio)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skipcat-edge-probe-")))
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skipcat-edge-probe-")))
+        except OSError as error:
+            raise UserError(f"There is no folder for temporary files ({error.strerror}); set TMPDIR to one "
+                            "with some gigabytes of room.") from None
         subjects: dict[str, _Subject] = {}
         for name, (dimensions, kept) in wanted.items():
             try:

@@ -19,7 +19,7 @@ from rich.table import Table
 from skipcat_edge import bench, plan, synth
 from skipcat_edge.benchmark import Result
 from skipcat_edge.model_config import read_dimensions
-from skipcat_edge.planner import Candidate, Wishes
+from skipcat_edge.planner import Candidate
 from skipcat_edge.runtime.source import stock_tree
 from skipcat_edge.synth_plan import plan as plan_model
 from skipcat_edge.terminal import new_table
@@ -64,7 +64,7 @@ def main(models: tuple[str, ...], types: str, ratios: str, out: Path | None) -> 
     report.text(EXPLANATION)
     for model in models:
         found = plan(model, types=types.split(","), ratios=[float(part) for part in ratios.split(",")],
-                     wishes=Wishes(context=PROMPT_TOKENS, prompt_tokens=PROMPT_TOKENS))
+                     context=PROMPT_TOKENS, prompt_tokens=PROMPT_TOKENS)
         report.heading(model)
         report.table(comparison(found.candidates, measured(model, found.candidates)))
     if out:

@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 
 from skipcat_edge import chat_input
-from skipcat_edge.chat_input import read_message
+from skipcat_edge.chat_input import Message, read_message
 from skipcat_edge.conversation import Conversation, Turn
 from skipcat_edge.generation import Sampling
 
@@ -30,7 +30,18 @@ from skipcat_edge.generation import Sampling
 ])  # fmt: skip
 def test_messages_of_several_lines(typed: list[str], message: str | None) -> None:
     lines = iter(typed)
-    assert read_message(lambda prompt: next(lines, None)) == message
+    read = read_message(lambda prompt: next(lines, None))
+    assert read == (None if message is None else Message(message))
+
+
+@pytest.mark.parametrize("typed, command", [
+    (["/exit"], True), (["/system Be brief."], True), (['"""// a comment', '"""'], False),
+    (["/a \\", "b"], False),
+])  # fmt: skip
+def test_only_a_line_that_was_not_quoted_is_a_command(typed: list[str], command: bool) -> None:
+    lines = iter(typed)
+    read = read_message(lambda prompt: next(lines, None))
+    assert read is not None and read.command == command
 
 
 class _Model:

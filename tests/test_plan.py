@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 import pytest
 from command_line import run, run_json
+from gguf import GGUFValueType
+from gguf_edit import GGUF
 
+from skipcat_edge import plan_memory
 from skipcat_edge.device import load_device
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_config import read_dimensions
 from skipcat_edge.model_table import MODELS
 from skipcat_edge.plan_memory import MemoryNeed, is_repacked, memory_need
-from skipcat_edge.planner import Candidate, Wishes, plan, recommend
+from skipcat_edge.planner import Candidate, plan, recommend
 from skipcat_edge.probe import Cost, Probe, TypeCosts
+from skipcat_edge.runtime.source import stock_tree
 from skipcat_edge.synth_plan import Plan as PlannedModel
 from skipcat_edge.synth_plan import plan as plan_model
 from skipcat_edge.weight_types import weight_type
@@ -64,14 +69,32 @@ def test_a_file_gives_the_dimensions_of_its_config(demo_dense_gguf: Path, demo_l
     ({"hidden_size": None}, "`hidden_size` is None"),
     ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0"),
     ({"vocab_size": "many"}, "`vocab_size` is 'many'"),
+    ({"hidden_size": 10**15}, "`hidden_size` is 1000000000000000"),
+    ({"model_type": "mistral", "num_key_value_heads": None}, "`num_key_value_heads` is None"),
 ])  # fmt: skip
 def test_a_wrong_config_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_dimensions(write_config(tmp_path, {**LLAMA_1B, **change}))
 
 
+def test_experts_are_refused(tmp_path: Path, demo_dense_gguf: Path) -> None:
+    edited, path = GGUF.read(demo_dense_gguf), tmp_path / "experts.gguf"
+    edited.set("llama.expert_count", 8, GGUFValueType.UINT32)
+    edited.write(path)
+    with pytest.raises(UserError, match="mixture of experts"):
+        read_dimensions(str(path))
+
+
+def test_context_and_prompt() -> None:
+    assert plan("tinyllama-1.1b", device="rpi5").wishes.context == 2048  # what it was trained for
+    for options, message in (({"context": 4096}, "trained for a context of 2,048"),
+                             ({"prompt_tokens": 4096}, "does not fit")):
+        with pytest.raises(UserError, match=message):
+            plan("tinyllama-1.1b", device="rpi5", **options)
+
+
 def test_no_source_is_one_sentence(tmp_path: Path) -> None:
-    for source in (str(tmp_path), str(tmp_path / "missing.gguf"), "llama-9b"):
+    for source in (str(tmp_path), str(tmp_path / "missing.gguf"), "llama-9b", "x" * 300):
         result = run("plan", source)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
 
@@ -94,6 +117,21 @@ def test_weights_and_cache_by_hand() -> None:
 def test_which_weights_are_repacked(type_: str, device: str, expected: bool) -> None:
     assert is_repacked(weight_type(type_), 64, load_device(device).features) == expected
     assert not is_repacked(weight_type(type_), 63, load_device(device).features)
+
+
+def test_what_is_repacked_is_what_the_pinned_source_says() -> None:
+    """Types and rows of ggml_repack_get_optimal_repack_type, by feature."""
+    source = stock_tree() / "vendor/llama.cpp/ggml/src/ggml-cpu/repack.cpp"
+    text = source.read_text("utf-8").split("get_optimal_repack_type(", 1)[1]
+    text = text[: text.index("\n}\n")]
+    features = {"avx2": "avx2", "avx512": "avx512f", "dotprod": "asimddp"}
+    found = {}
+    for branch in re.split(r"cur->type == GGML_TYPE_", text)[1:]:
+        name = re.match(r"\w+", branch)
+        assert name is not None
+        check = r"ggml_cpu_has_(avx2|avx512|dotprod)\(\)[^{]*\{\s*if \(cur->ne\[1\] % (\d+)"
+        found[name[0]] = {features[has]: int(rows) for has, rows in re.findall(check, branch)}
+    assert found == plan_memory._REPACKED
 
 
 @pytest.mark.runtime
@@ -122,7 +160,7 @@ def candidate(type_: str, ratio: float, *misses: str, tps: float = 100.0) -> Can
 def test_the_most_bits_that_suit_are_recommended() -> None:
     dense = [candidate("F16", 1), candidate("Q8_0", 1), candidate("Q4_0", 1)]
     best, reason = recommend(dense)
-    assert best == dense[1] and "Q8_0 dense" in reason  # F16 is twice as large and no better
+    assert best == dense[1] and "Q8_0 dense: F16 suits too, in a file twice as large" in reason
     best, _ = recommend([candidate("F16", 1), candidate("Q8_0", 1, "memory"), candidate("Q4_0", 1)])
     assert best is not None and best.type == "F16"
 
@@ -142,20 +180,23 @@ def test_where_nothing_suits_the_closest_is_named() -> None:
 
 
 def test_limits_on_a_known_device() -> None:
-    found = plan("llama-3.2-1b", device="rpi5", wishes=Wishes(min_speed=12.0, max_ram=1_800_000_000))
+    found = plan("llama-3.2-1b", device="rpi5", min_speed=12.0, max_ram=1_800_000_000)
     by_name = {each.name: each for each in found.candidates}
     # 10.25 GB/s over 0.70 GB of weights; 10.55 over 1.31
     assert by_name["Q4_0 dense"].decode_tps == pytest.approx(10.25e9 / 695.4e6, rel=1e-3)
     assert by_name["Q8_0 dense"].decode_tps == pytest.approx(10.55e9 / 1313.1e6, rel=1e-3)
     assert by_name["Q8_0 dense"].misses == ("memory", "decode speed")
     assert found.recommended == by_name["Q4_0 dense"]
-    prompt_s = (512 * 973_078_528 + 128256 * 2048) / 52e9
+    attention = 16 * 2048 * 512 * 513  # each token with itself and all before it, keys and values
+    prompt_s = (512 * 973_078_528 + attention + 128256 * 2048) / 52e9
     assert by_name["Q4_0 dense"].first_token_s == pytest.approx(prompt_s, rel=1e-6)
 
 
 def test_a_device_of_unknown_speed_still_has_memory() -> None:
     found = run_json("plan", "llama-3.2-1b", "--device", "pixel-8", "--types", "Q4_0", "--ratios", "0.8")
     assert [each["decode_tps"] for each in found["candidates"]] == [None, None]
+    wished = plan("llama-3.2-1b", device="pixel-8", min_speed=1000.0)
+    assert "The decode speed could not be checked" in wished.reason
     assert found["candidates"][0]["memory"]["weights"] > 690_000_000
 
 
@@ -169,10 +210,12 @@ def test_probe_adds_up() -> None:
     dense, low_rank = (model(ratio).linear_parameters // 24 for ratio in (1.0, 0.6))
     costs = TypeCosts(Cost(dense * 2.0, dense * 1.0), dense, Cost(low_rank * 2.0, low_rank * 1.0), low_rank,
                       Cost(5.0, 7.0))
-    found = Probe(2, 100, {"Q8_0": costs}, 0.5)
+    found = Probe(2, 100, {"Q8_0": costs}, 0.5, 0.25)
     for ratio in (1.0, 0.9, 0.8, 0.6):
         parameters = model(ratio).linear_parameters
-        assert found.prompt_s(model(ratio), 300) == pytest.approx(3 * 2 * parameters + 5)
+        assert found.prompt_s(model(ratio), 100) == pytest.approx(2 * parameters + 5)
+        assert found.prompt_s(model(ratio), 300) == pytest.approx(
+            3 * 2 * parameters + 24 * 0.25 * (300 * 300 - 3 * 100 * 100) + 5)
         assert found.decode_s(model(ratio), 10) == pytest.approx(parameters + 24 * 0.5 * 10 + 7)
     assert found.prompt_s(plan_model(dimensions, weight_type("F16"), 1.0, 0), 1) is None
 

@@ -11,6 +11,7 @@ from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
+    from skipcat_edge.chat_input import Message
     from skipcat_edge.conversation import Conversation
 
 _HELP = """\
@@ -54,16 +55,21 @@ def command(file: Path, system: str | None, tokens: int, context: int, temp: flo
     read = line_reader()
     while True:
         try:
-            message = read_message(read)
-        except KeyboardInterrupt:  # it may have come just after a reply's end
+            if not _one_message(read_message(read), conversation):
+                return
+        except KeyboardInterrupt:  # while nothing is generated, or just before or after
             click.echo("\n(Ctrl-D leaves)", err=True)
-            continue
-        if message is None or message == "/exit":
-            return
-        if message.startswith("/"):
-            _obey(message, conversation)
-        elif message:
-            _answer(conversation, message)
+
+
+def _one_message(message: Message | None, conversation: Conversation) -> bool:
+    """Do what `message` asks for; whether the chat goes on."""
+    if message is None or (message.command and message.text == "/exit"):
+        return False
+    if message.command:
+        _obey(message.text, conversation)
+    elif message.text:
+        _answer(conversation, message.text)
+    return True
 
 
 def _obey(message: str, conversation: Conversation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option("--device", default="host", show_default=True,
               help="Of those that `skipcat-edge devices` lists; host is this machine.")
-@click.option("--context", default=4096, show_default=True, type=click.IntRange(min=1),
-              help="Tokens that a conversation may have.")
+@click.option("--context", type=click.IntRange(min=1),
+              help="Tokens that a conversation may have.  [default: 4096, or what the model was trained for]")
 @click.option("--prompt-tokens", default=512, show_default=True, type=click.IntRange(min=1),
               help="Tokens of a prompt.")
 @click.option("--min-speed", type=click.FloatRange(0, min_open=True),
               help="Decoded tokens per second, at least.")
 @click.option("--max-first-token", type=click.FloatRange(0, min_open=True),
               help="Seconds until the answer to a prompt begins, at most.")
-@click.option("--max-ram", metavar="SIZE", help="Memory, at most.  [default: four fifths of the device's]")
+@click.option("--max-ram", metavar="SIZE",
+              help="Memory, at most.  [default: four fifths of the device's, of the largest that is sold]")
 @click.option("--types", default="F16,Q8_0,Q4_0", show_default=True,
               help="ggml types, with commas between them.")
 @click.option("--ratios", default="0.9,0.8,0.6", show_default=True,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1),
               help="Of this machine.  [default: one for each physical core]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(source: str, device: str, context: int, prompt_tokens: int, min_speed: float | None,
+def command(source: str, device: str, context: int | None, prompt_tokens: int, min_speed: float | None,
             max_first_token: float | None, max_ram: str | None, types: str, ratios: str, threads: int | None,
             as_json: bool) -> None:
     """Say which files of SOURCE would suit a device: memory and speed, dense and low-rank.
@@ -46,7 +48,7 @@ def command(source: str, device: str, context: int, prompt_tokens: int, min_spee
     is read. On this machine a few layers are timed for some seconds; of other devices the preset says what is
     known. Quality is not predicted: candidates stand in the order in which models usually lose it.
     """
-    from skipcat_edge.planner import Wishes, plan
+    from skipcat_edge.planner import plan
     from skipcat_edge.ranks import parse_ratios
     from skipcat_edge.sizes import parse_size
     from skipcat_edge.terminal import new_progress
@@ -54,16 +56,16 @@ def command(source: str, device: str, context: int, prompt_tokens: int, min_spee
     shares = parse_ratios(ratios)
     if threads is not None and device != "host":
         raise UserError("--threads is about this machine; leave it out for another device.")
-    wishes = Wishes(context, prompt_tokens, min_speed, max_first_token,
-                    None if max_ram is None else parse_size(max_ram))
+    limit = None if max_ram is None else parse_size(max_ram)
     with new_progress() as progress:
 
         def begin(title: str, total: int) -> Callable[[], None]:
             task = progress.add_task(title, total=total)
             return lambda: progress.advance(task)
 
-        result = plan(source, device=device, wishes=wishes, types=types.split(","), ratios=shares,
-                      threads=threads, begin=begin)
+        result = plan(source, device=device, context=context, prompt_tokens=prompt_tokens,
+                      min_speed=min_speed, max_first_token=max_first_token, max_ram=limit,
+                      types=types.split(","), ratios=shares, threads=threads, begin=begin)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
@@ -78,7 +80,9 @@ def _print(result: PlanResult) -> None:
     console = stdout_console()
     wishes = result.wishes
     limit = "" if result.max_ram is None else f", {decimal_bytes(result.max_ram)} of memory at most"
-    console.print(escape(f"{result.model} on {result.device}: a context of {wishes.context:,} tokens, "
+    if result.max_ram is not None and wishes.max_ram is None and result.device != "host":
+        limit += " (of the largest that is sold; give --max-ram for yours)"
+    console.print(escape(f"{result.source} on {result.device}: a context of {wishes.context:,} tokens, "
                          f"prompts of {wishes.prompt_tokens:,}{limit}"))
     console.print()
     table = new_table("type", "ratio", "weights", "second copy", "KV cache", "rest", "memory", "first token",
@@ -90,11 +94,11 @@ def _print(result: PlanResult) -> None:
     console.print()
     for sentence in (result.reason, result.basis, *result.impossible):
         console.print(escape(sentence))
-    if result.recommended is not None:
-        best = result.recommended
+    best = result.recommended
+    if best is not None and (os.path.isdir(result.source) or "/" in result.source):  # noqa: PTH112
         console.print()
         console.print(escape(
-            f"skipcat-edge convert SOURCE -o OUT.gguf --ratio {best.ratio:g} --quant {best.type} "
+            f"skipcat-edge convert {result.source} -o OUT.gguf --ratio {best.ratio:g} --quant {best.type} "
             f"--head-quant {best.type} --calibration TEXT"))
 
 
