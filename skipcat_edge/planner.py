@@ -270,7 +270,7 @@ def recommend(candidates: Sequence[Candidate]) -> tuple[Candidate | None, str]:
 
 def _faster(best: Candidate, suiting: Sequence[Candidate]) -> str:
     """A sentence on what low rank would gain, where that is worth a thought."""
-    fastest = max(suiting, key=lambda each: each.prompt_tps or 0)
+    fastest = max(suiting, key=lambda each: (each.prompt_tps or 0, each.type == best.type))
     if not best.prompt_tps or not fastest.prompt_tps or fastest.ratio == 1:
         return ""
     gain = fastest.prompt_tps / best.prompt_tps
