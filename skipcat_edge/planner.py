@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from skipcat_edge.model_table import ModelDimensions
     from skipcat_edge.synth_plan import Plan as PlannedModel
 
-TYPES, RATIOS = ("F16", "Q8_0", "Q4_0"), (0.9, 0.8, 0.6)
+TYPES, RATIOS = ("Q8_0", "Q4_0"), (0.9, 0.8, 0.6)
 DEFAULT_CONTEXT = 4096
 _FLOATS = ("F32", "F16", "BF16")
 _WORTH_A_THOUGHT = 1.1
@@ -213,7 +213,7 @@ def _speed(device: Device, dimensions: ModelDimensions, models: Sequence[Planned
 
         preset = PresetSpeed(device)
         return preset, preset.basis()
-    from skipcat_edge.probe import probe, steps
+    from skipcat_edge.probe import MOST_PROMPT_TOKENS, probe, steps
     from skipcat_edge.session import default_threads
 
     threads = threads or default_threads()
@@ -222,8 +222,8 @@ def _speed(device: Device, dimensions: ModelDimensions, models: Sequence[Planned
         if model.low_rank:
             ratios[model.type] = min(model.ratio, ratios[model.type] or 1.0)
     advance = begin("probing this machine", steps(ratios))
-    found = probe(dimensions, ratios, threads=threads, prompt_tokens=min(wishes.prompt_tokens, 256),
-                  advance=lambda _: advance())
+    found = probe(dimensions, ratios, threads=threads, advance=lambda _: advance(),
+                  prompt_tokens=min(wishes.prompt_tokens, MOST_PROMPT_TOKENS))
     return found, f"Speeds: some layers of the model's size, timed on this machine with {threads} threads."
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
               help="Seconds until the answer to a prompt begins, at most.")
 @click.option("--max-ram", metavar="SIZE",
               help="Memory, at most.  [default: four fifths of the device's, of the largest that is sold]")
-@click.option("--types", default="F16,Q8_0,Q4_0", show_default=True,
+@click.option("--types", default="Q8_0,Q4_0", show_default=True,
               help="ggml types, with commas between them.")
 @click.option("--ratios", default="0.9,0.8,0.6", show_default=True,
               help="Kept shares of the linear layers' parameters; dense files always join them.")
@@ -45,8 +45,8 @@ def command(source: str, device: str, context: int | None, prompt_tokens: int, m
     """Say which files of SOURCE would suit a device: memory and speed, dense and low-rank.
 
     SOURCE is a Hugging Face directory, a hub id, a GGUF file, or a model that `synth` knows; only its config
-    is read. On this machine a few layers are timed for some seconds; of other devices the preset says what is
-    known. Quality is not predicted: candidates stand in the order in which models usually lose it.
+    is read. On this machine some layers are timed for about twenty seconds; of other devices the preset says
+    what is known. Quality is not predicted: candidates stand in the order in which models usually lose it.
     """
     from skipcat_edge.planner import plan
     from skipcat_edge.ranks import parse_ratios
