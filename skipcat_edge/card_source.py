@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.extra import require_packages
 from skipcat_edge.format import KEY_SOURCE_NAME, field_value
 from skipcat_edge.gguf_file import open_gguf
 
@@ -46,9 +45,7 @@ class Source:
 
 def require_hub() -> None:
     """Raise UserError where huggingface_hub, which reads and writes model cards, is missing."""
-    if find_spec("huggingface_hub") is None:
-        raise UserError("Model cards need huggingface_hub; install it with "
-                        "`pip install 'skipcat-edge[push]'`.")
+    require_packages("Model cards need", "push", "huggingface_hub")
 
 
 def parse_card(content: str) -> ModelCard:

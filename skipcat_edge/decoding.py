@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.session import decode_error, import_llama_cpp
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def clear(llama: Any) -> None:
@@ -38,29 +41,39 @@ def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[
     return seconds
 
 
-def all_logits(llama: Any, tokens: Sequence[int]) -> Any:
+def all_logits(llama: Any, tokens: Sequence[int]) -> np.ndarray:
     """Logits after each of `tokens`, from an empty cache: float32 [tokens, vocabulary].
+
+    A view of llama.cpp's own memory, valid until the next call. Raises UserError if llama.cpp fails.
+    """
+    clear(llama)
+    return last_logits(llama, tokens, 0, len(tokens))
+
+
+def last_logits(llama: Any, tokens: Sequence[int], position: int, wanted: int) -> np.ndarray:
+    """Logits after each of the last `wanted` of `tokens`, whose first one stands at `position` of the cache:
+    float32 [wanted, vocabulary].
 
     A view of llama.cpp's own memory, valid until the next call. Raises UserError if llama.cpp fails.
     """
     import numpy as np
 
     llama_cpp = import_llama_cpp()
-    clear(llama)
-    count = len(tokens)
-    batch = llama_cpp.llama_batch_init(count, 0, 1)
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
-        batch.n_tokens = count
+        batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
             batch.token[index] = token
-            batch.pos[index] = index
+            batch.pos[index] = position + index
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = 0
-            batch.logits[index] = True
+            batch.logits[index] = index >= len(tokens) - wanted
         code = llama_cpp.llama_decode(llama.ctx, batch)
     finally:
         llama_cpp.llama_batch_free(batch)
     if code:
         raise decode_error(f"llama_decode returned {code}")
+    if not wanted:
+        return np.empty((0, llama.n_vocab()), np.float32)
     pointer = llama_cpp.llama_get_logits(llama.ctx)
-    return np.ctypeslib.as_array(pointer, shape=(count, llama.n_vocab()))
+    return np.ctypeslib.as_array(pointer, shape=(wanted, llama.n_vocab()))

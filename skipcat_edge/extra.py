@@ -1,4 +1,4 @@
-"""The extra `convert`: whether it is there, and how its stages show their progress."""
+"""Extras: whether they are there, and how the stages of `convert` show their progress."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ Phase = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
 """Hears a title and a total, and gives what is told how much of it is done."""
 
 
+def require_packages(what_needs: str, extra: str, *packages: str) -> None:
+    """Raise UserError for the first of `packages`, all of `extra`, that is missing; it begins with
+    `what_needs`, such as `Converting needs`."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"{what_needs} {package}; install it with `pip install 'skipcat-edge[{extra}]'`.")
+
+
 def require_converter() -> None:
     """Raise UserError, before any work, if a package of the extra or ggml's library is missing."""
-    for package in ("torch", "transformers", "safetensors", "scipy", "sentencepiece", "huggingface_hub"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"Converting needs {package}; install it with `pip install 'skipcat-edge[convert]'`."
-            )
+    require_packages("Converting needs", "convert", "torch", "transformers", "safetensors", "scipy",
+                     "sentencepiece", "huggingface_hub")
     from skipcat_edge.runtime.library import load_library
 
     load_library("ggml-base")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
+from skipcat_edge.extra import require_packages
 from skipcat_edge.inspection import Inspection
 from skipcat_edge.output import atomic_output, check_output
 
@@ -87,8 +87,7 @@ def _order(member: str) -> tuple[int, str]:
 
 def check_plot(out: Path, force: bool) -> None:
     """Raise UserError if matplotlib is missing, or `out` cannot be written as a picture."""
-    if find_spec("matplotlib") is None:
-        raise UserError("Plotting needs matplotlib; install it with `pip install 'skipcat-edge[plot]'`.")
+    require_packages("Plotting needs", "plot", "matplotlib")
     _format_of(out)
     check_output(out, force)
 

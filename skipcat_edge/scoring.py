@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skipcat_edge.decoding import clear
+from skipcat_edge.decoding import clear, last_logits
 from skipcat_edge.errors import UserError
 from skipcat_edge.perplexity import negative_log_likelihoods
-from skipcat_edge.session import BATCH, decode_error, import_llama_cpp
+from skipcat_edge.session import BATCH, import_llama_cpp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,9 +47,9 @@ class Reader:
         for first in range(kept, len(tokens), BATCH):
             part = tokens[first : first + BATCH]
             wanted = min(len(part), first + len(part) - (len(tokens) - count))
-            rows = self._decode(part, first, max(wanted, 0))
+            rows = last_logits(self._llama, part, first, max(wanted, 0))
             self._read += part
-            if rows is not None:
+            if len(rows):
                 yield rows
 
     def _keep(self, tokens: Sequence[int], most: int) -> int:
@@ -68,29 +68,6 @@ class Reader:
             kept = 0
         del self._read[kept:]
         return kept
-
-    def _decode(self, tokens: Sequence[int], position: int, wanted: int) -> np.ndarray | None:
-        import numpy as np
-
-        llama_cpp = import_llama_cpp()
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-        try:
-            batch.n_tokens = len(tokens)
-            for index, token in enumerate(tokens):
-                batch.token[index] = token
-                batch.pos[index] = position + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = index >= len(tokens) - wanted
-            code = llama_cpp.llama_decode(self._llama.ctx, batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
-        if code:
-            raise decode_error(f"llama_decode returned {code}")
-        if not wanted:
-            return None
-        pointer = llama_cpp.llama_get_logits(self._llama.ctx)
-        return np.ctypeslib.as_array(pointer, shape=(wanted, self._llama.n_vocab()))
 
 
 def score(llama: Any, requests: Sequence[Request], advance: Callable[[], None] = lambda: None,

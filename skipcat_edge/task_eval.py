@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from skipcat_edge.errors import UserError, first_line
 from skipcat_edge.evaluation import Begin
+from skipcat_edge.extra import require_packages
 
 _BOOTSTRAP = 1000
 """Draws for the standard errors that have no closed form."""
@@ -81,8 +81,7 @@ def measure_tasks(file: Path, names: Sequence[str], *, task_path: Path | None = 
 @contextmanager
 def _harness() -> Iterator[None]:
     """lm-eval without its talk: what it prints would be taken for our own output."""
-    if find_spec("lm_eval") is None:
-        raise UserError("Tasks need lm_eval; install it with `pip install 'skipcat-edge[eval]'`.")
+    require_packages("Tasks need", "eval", "lm_eval")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -276,6 +276,6 @@ def test_an_unwritable_card_is_refused_before_measuring(demo_dense_gguf: Path, t
     result = run("eval", file, "--text", tmp_path / "not there", "--card")
     assert result.exit_code == 2
     assert "x.md is a directory" in result.stderr
-    monkeypatch.setattr("skipcat_edge.card_source.find_spec", lambda _: None)
+    monkeypatch.setattr("skipcat_edge.extra.find_spec", lambda _: None)
     result = run("eval", file, "--text", tmp_path / "not there", "--card")
     assert "pip install 'skipcat-edge[push]'" in result.stderr

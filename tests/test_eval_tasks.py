@@ -179,8 +179,9 @@ def test_shared_beginnings_are_read_once_and_change_nothing(demo_dense_gguf: Pat
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     import llama_cpp
 
+    from skipcat_edge import scoring
     from skipcat_edge.generation import encode
-    from skipcat_edge.scoring import Reader, score
+    from skipcat_edge.scoring import score
     from skipcat_edge.session import open_model
 
     llama = open_model(demo_dense_gguf, context=512, threads=1)
@@ -190,13 +191,13 @@ def test_shared_beginnings_are_read_once_and_change_nothing(demo_dense_gguf: Pat
         requests += [(context, encode(llama, choice, add_bos=False)) for choice in sample["choices"]]
         requests += [(context[:1], context[1:]), (context, context[:1])]
     read: list[int] = []
-    decode = Reader._decode
+    decode = scoring.last_logits
 
-    def counting(self: Reader, tokens: list[int], *more: int) -> Any:
+    def counting(model: Any, tokens: list[int], *more: int) -> Any:
         read.append(len(tokens))
-        return decode(self, tokens, *more)
+        return decode(model, tokens, *more)
 
-    monkeypatch.setattr(Reader, "_decode", counting)
+    monkeypatch.setattr(scoring, "last_logits", counting)
     if not goes_back:
         monkeypatch.setattr(llama_cpp, "llama_memory_seq_rm", lambda *_: False)
     plain = score(llama, requests, reuse=False)
@@ -321,7 +322,7 @@ def test_tasks_are_not_for_embedding_models_and_need_the_extra(
     assert result.exit_code == 2
     assert "is an embedding model and answers no tasks" in result.stderr
 
-    monkeypatch.setattr("skipcat_edge.task_eval.find_spec", lambda _: None)
+    monkeypatch.setattr("skipcat_edge.extra.find_spec", lambda _: None)
     result = run("eval", demo_dense_gguf, "--tasks", "choose", "--task-path", folder)
     assert result.exit_code == 2
     assert "pip install 'skipcat-edge[eval]'" in result.stderr

@@ -180,7 +180,7 @@ def test_without_a_token_nothing_is_asked(hub: FakeHub, gguf: Path, monkeypatch:
 
 
 def test_without_huggingface_hub_its_extra_is_named(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipcat_edge.card_source.find_spec", lambda _: None)
+    monkeypatch.setattr("skipcat_edge.extra.find_spec", lambda _: None)
     result = run("push", "me/models", gguf)
     assert result.exit_code == 2
     assert "pip install 'skipcat-edge[push]'" in result.stderr

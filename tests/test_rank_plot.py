@@ -337,7 +337,7 @@ def test_a_file_without_layers(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipcat_edge.rank_plot.find_spec", lambda name: None)
+    monkeypatch.setattr("skipcat_edge.extra.find_spec", lambda name: None)
     assert_one_sentence(run(model, "--plot", tmp_path / "ranks.png"), "pip install 'skipcat-edge[plot]'")
     assert run(model).exit_code == 0
 

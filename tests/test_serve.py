@@ -326,7 +326,7 @@ def test_files_that_are_no_models(tmp_path: Path, demo_low_rank_gguf: Path) -> N
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
 def test_a_missing_extra(demo_low_rank_gguf: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipcat_edge.commands.serve.find_spec",
+    monkeypatch.setattr("skipcat_edge.extra.find_spec",
                         lambda name: None if name == package else find_spec(name))
     result = run("serve", demo_low_rank_gguf)
     assert result.exit_code == 2

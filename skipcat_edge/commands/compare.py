@@ -83,9 +83,10 @@ def command(
     """
     from skipcat_edge.compare.measure import read_text
     from skipcat_edge.compare.request import Request, parse_ratios, parse_types
+    from skipcat_edge.extra import require_packages
     from skipcat_edge.session import default_threads
 
-    _require_plotting()
+    require_packages("The report needs", "compare", "matplotlib", "jinja2")
     read_text(text)
     common = Request(
         source=Path(source), source_name=source, folder=folder, text=text, calibration=None,
@@ -121,15 +122,6 @@ def command(
 
         request = replace(request, source=resolve_source(source))
     _run(request, force)
-
-
-def _require_plotting() -> None:
-    from importlib.util import find_spec
-
-    for package in ("matplotlib", "jinja2"):
-        if find_spec(package) is None:
-            raise UserError(f"The report needs {package}; install it with "
-                            "`pip install 'skipcat-edge[compare]'`.")
 
 
 def _of_gguf(request: Request, needless: str | None) -> Request:

@@ -131,8 +131,9 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
 def _evaluate(file: Path, text: Path, **options: Any) -> Evaluation:
     from skipcat_edge.evaluation import evaluate
     from skipcat_edge.terminal import new_progress
+    from skipcat_edge.text_file import read_text
 
-    content = _read(text)
+    content = read_text(text)
     with new_progress() as progress:
         return evaluate(file, content, name=str(text), begin=_beginner(progress), **options)
 
@@ -187,18 +188,10 @@ def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterat
 def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:
     from skipcat_edge.embedding_eval import compare, lines_of, open_pair
     from skipcat_edge.terminal import new_progress
+    from skipcat_edge.text_file import read_text
 
-    lines = lines_of(_read(text), name=str(text))
+    lines = lines_of(read_text(text), name=str(text))
     model, dense = open_pair(file, reference, threads)
     with new_progress() as progress:
         task = progress.add_task("lines", total=len(lines))
         return compare(model, dense, lines, advance=lambda count: progress.advance(task, count))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -32,11 +31,9 @@ def command(file: Path, host: str, port: int, api_key: str | None, context: int,
     Requests are answered one after another, in the order in which they come. An embedding model has
     /v1/embeddings, every other one /v1/chat/completions and /v1/completions. Ctrl-C ends it.
     """
-    for package in ("fastapi", "uvicorn"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"Serving needs {package}; install it with `pip install 'skipcat-edge[serve]'`."
-            )
+    from skipcat_edge.extra import require_packages
+
+    require_packages("Serving needs", "serve", "fastapi", "uvicorn")
     from skipcat_edge.session import import_llama_cpp, model_info
 
     info = model_info(file)

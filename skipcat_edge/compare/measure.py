@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from skipcat_edge import text_file
 from skipcat_edge.compare.progress import Step
 from skipcat_edge.compare.request import Request
 from skipcat_edge.errors import UserError
@@ -13,12 +14,7 @@ from skipcat_edge.errors import UserError
 
 def read_text(path: Path) -> str:
     """Raises UserError where `path` is no UTF-8 text with something in it."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None
+    text = text_file.read_text(path)
     if not text.strip():
         raise UserError(f"{path} is empty; give a text like the ones the model will see.")
     return text

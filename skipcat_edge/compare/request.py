@@ -130,15 +130,9 @@ def shortened(text: str, letters: int = 28) -> str:
 
 def parse_ratios(text: str) -> tuple[float, ...]:
     """`0.9,0.8` as falling numbers; 1 is dense, which is there in any case. Raises UserError."""
-    from skipcat_edge.ranks import check_ratio
+    from skipcat_edge import ranks
 
-    try:
-        shares = {float(part) for part in text.split(",")}
-    except ValueError:
-        raise UserError(f"--ratios is {text!r}; give numbers with commas between them.") from None
-    for ratio in shares:
-        check_ratio(ratio)
-    return tuple(sorted(shares - {1.0}, reverse=True))
+    return tuple(ratio for ratio in ranks.parse_ratios(text) if ratio != 1.0)
 
 
 def parse_types(text: str) -> tuple[str, ...]:
