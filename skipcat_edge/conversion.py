@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ def _silent(_title: str, _total: float) -> Iterator[Callable[[float], None]]:
 
 
 def convert(source: str | Path, output: str | Path, *, ratio: float | None = None, budget: int | None = None,
-            bpw: float | None = None, quant: str = "Q8_0", head_quant: str | None = None,
+            bpw: float | None = None, levels: Sequence[float] = (), level_overhead: float = 0.1,
+            quant: str = "Q8_0", head_quant: str | None = None,
             method: str = "auto", allocation: str | None = None, rounding: str = "feedback",
             calibration: str | Path | None = None, stats: str | Path | None = None,
             compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None,
@@ -36,6 +38,9 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
             given. 1 writes a plain dense file.
         budget: bytes of the whole file instead.
         bpw: bits per dense weight of the linear layers instead.
+        levels: rising ratios of a file whose speed can be changed while it runs; the last is that of the
+            whole file. `level_overhead`: parameters that it may hold beyond those that the last level
+            reads, as a share of these.
         quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
         method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
         calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
@@ -65,6 +70,11 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     calibration, stats, base, runtime_source = map(_path, (calibration, stats, base, runtime_source))
     if sum(given is not None for given in (ratio, budget, bpw)) > 1:
         raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
+    levels = tuple(levels)
+    if levels:
+        _check_levels(levels, ratio if budget is None and bpw is None else -1, level_overhead,
+                      allocation or ("uniform" if method != "auto" else "loss"))
+        ratio = levels[-1]
     ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
     if bpw is not None and not math.isfinite(bpw):
@@ -107,6 +117,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         open_gguf(base)
     options = ConvertOptions(
         source=directory, output=output, method=METHODS[method], ratio=ratio, budget=budget, bpw=bpw,
+        levels=levels, level_overhead=level_overhead,
         allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
         gradients=gradients, compensate=compensate, types=OutputTypes(linear, head),
         tree=stock_tree(runtime_source), base=base,
@@ -115,6 +126,25 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         card=card_path(output), force=force,
     )
     return run(options, phase)
+
+
+def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float, allocation: str) -> None:
+    from skipcat_edge.format import MAX_LEVELS
+    from skipcat_edge.ranks import check_ratio
+
+    for level in levels:
+        check_ratio(level)
+    if not 2 <= len(levels) <= MAX_LEVELS or any(low >= high for low, high in pairwise(levels)):
+        raise UserError(f"--levels needs 2 to {MAX_LEVELS} rising ratios, for example 0.6,0.8.")
+    if levels[-1] == 1:
+        raise UserError("The last of --levels is the whole file's ratio and must be below 1.")
+    if ratio is not None and ratio != levels[-1]:
+        raise UserError("--levels says how large the model becomes by its last ratio; leave out --ratio, "
+                        "--budget and --bpw.")
+    if not 0 <= overhead <= 10:
+        raise UserError("--level-overhead is a share of the last level's parameters, for example 0.1.")
+    if allocation != "loss":
+        raise UserError(f"--levels needs --allocation loss; {allocation} has no ranks of several levels.")
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -14,12 +14,15 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
 
 
-def parse_ratios(text: str) -> list[float]:
-    """`1,0.9,0.8` as numbers, the largest first. Raises UserError for anything else, or out of range."""
+def parse_ratios(text: str, option: str = "--ratios") -> list[float]:
+    """`1,0.9,0.8` as numbers, the largest first; `option` is where they stand.
+
+    Raises UserError for anything else, or out of range.
+    """
     try:
         ratios = sorted({float(part) for part in text.split(",")}, reverse=True)
     except ValueError:
-        raise UserError(f"--ratios is {text!r}; give numbers with commas between them.") from None
+        raise UserError(f"{option} is {text!r}; give numbers with commas between them.") from None
     for ratio in ratios:
         check_ratio(ratio)
     return ratios
