@@ -200,8 +200,9 @@ def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, levels
         # what rounding to the grid left of a lower level's share goes to the next one
         rank = uniform_rank(group.m, group.n, ratio - kept / (group.m * group.n), skip=True, grid=grid)
         if rank == 0:
-            raise UserError(f"blk.{layer}.{fmt.owner_of(group.members)}: no rank of {type_.name} (a multiple of "
-                            f"{grid}) {_too_small(levels, first)} or a type with smaller blocks.")
+            owner = fmt.owner_of(group.members)
+            raise UserError(f"blk.{layer}.{owner}: no rank of {type_.name} (a multiple of {grid}) "
+                            f"{_too_small(levels, first)} or a type with smaller blocks.")
         kept += fmt.factor_parameters(group.m, group.n, rank, skip=True)
         used = None if first == 0 else (first, len(levels) - 1)
         for tensor in _stage(group, layer, type_, rank, used, len(levels), rng):
