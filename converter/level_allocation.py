@@ -26,6 +26,7 @@ _ROUNDS = 200
 # The level that is furthest from its own best decides; the others' mean breaks ties.
 _TIE = 0.05
 _TOLERANCE = 1e-5
+_NEARBY = (0.5, 0.75, 1.3, 2.0)
 _MILP = {"node_limit": 200, "mip_rel_gap": 5e-3}
 
 
@@ -70,6 +71,15 @@ class _Prices:
 
     def of(self, way: _Way) -> float:
         return float(self.loss @ way.losses + self.read @ way.read + self.stored * way.stored)
+
+    def nearby(self) -> Iterator[_Prices]:
+        """Each price a little lower and higher than it is."""
+        for factor in _NEARBY:
+            for level in range(len(self.loss)):
+                change = np.where(np.arange(len(self.loss)) == level, factor, 1.0)
+                yield _Prices(self.loss * change, self.read, self.stored)
+                yield _Prices(self.loss, self.read * change, self.stored)
+            yield _Prices(self.loss, self.read, self.stored * factor)
 
 
 def allocate_levels(
@@ -219,20 +229,23 @@ def _generate(tables: _Tables, budgets: LevelBudgets, alone: np.ndarray) -> list
         ways += found
         group_of += [number] * len(found)
     for _ in range(_ROUNDS):
-        program = _Program(ways, group_of, budgets, alone)
-        prices, worth = program.prices()
-        scale = abs(worth).sum()
-        added = 0
-        for number, group in enumerate(tables):
-            best = min((_sum([table.best(prices) for table in alternative]) for alternative in group),
-                       key=prices.of)
-            if prices.of(best) < worth[number] - _TOLERANCE * scale / len(tables):
-                ways.append(best)
-                group_of.append(number)
-                added += 1
-        if not added:
+        prices, worth = _Program(ways, group_of, budgets, alone).prices()
+        enough = worth - _TOLERANCE * abs(worth).sum() / len(tables)
+        found = {number: _best(group, prices) for number, group in enumerate(tables)}
+        found = {number: way for number, way in found.items() if prices.of(way) < enough[number]}
+        if not found:
             break
+        ways += found.values()
+        group_of += found
+    # at the program's own prices groups may be divided between ways; near them are others that fill the rest
+    for near in prices.nearby():
+        ways += [_best(group, near) for group in tables]
+        group_of += range(len(tables))
     return _Program(ways, group_of, budgets, alone).whole()
+
+
+def _best(group: Sequence[Sequence[_Table]], prices: _Prices) -> _Way:
+    return min((_sum([table.best(prices) for table in alternative]) for alternative in group), key=prices.of)
 
 
 class _Program:

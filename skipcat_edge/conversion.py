@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,15 +128,9 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
 
 
 def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float, allocation: str) -> None:
-    from skipcat_edge.format import MAX_LEVELS
-    from skipcat_edge.ranks import check_ratio
+    from skipcat_edge.ranks import check_levels
 
-    for level in levels:
-        check_ratio(level)
-    if not 2 <= len(levels) <= MAX_LEVELS or any(low >= high for low, high in pairwise(levels)):
-        raise UserError(f"--levels needs 2 to {MAX_LEVELS} rising ratios, for example 0.6,0.8.")
-    if levels[-1] == 1:
-        raise UserError("The last of --levels is the whole file's ratio and must be below 1.")
+    check_levels(levels)
     if ratio is not None and ratio != levels[-1]:
         raise UserError("--levels says how large the model becomes by its last ratio; leave out --ratio, "
                         "--budget and --bpw.")
