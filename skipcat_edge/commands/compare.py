@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,8 +108,6 @@ def command(
             raise UserError("Files are made with a calibration text; pass --calibration FILE, another one "
                             "than --text.")
         read_text(calibration)
-        # SciPy's pivoted QR of small matrices takes ten times as long with threads that wait for each other
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         request = replace(
             common, calibration=calibration, ratios=parse_ratios(_RATIOS if ratios is None else ratios),
             types=parse_types(_TYPES if types is None else types), method=method,
