@@ -54,6 +54,9 @@ def notes_of(request: Request, impossible: Mapping[str, str], left_out: Mapping[
     if request.calibration is not None and sha256(request.calibration) == sha256(request.text):
         yield ("The files are measured on the text that they were calibrated with, which flatters all but "
                "plain quantisation; give another --text.")
+    if request.repetitions == 1:
+        yield ("Speeds were measured once, so their noise is not known and each difference counts; give more "
+               "--repetitions.")
     for path, row in rows.items():
         if row["steadiness"] < _STEADY:
             yield (f"{printable(path.name)}: {1 - row['steadiness']:.0%} slower in the last repetition than "
