@@ -11,6 +11,10 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
+class NotFiniteError(UserError):
+    """A model whose numbers overflow: none of its figures means anything."""
+
+
 class UnreachableError(UserError):
     """A size that the model cannot have: its type's grid of ranks does not reach it."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from skipcat_edge.decoding import all_logits
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import NotFiniteError, UserError
 from skipcat_edge.runtime.source import cache_dir
 from skipcat_edge.session import import_llama_cpp
 from skipcat_edge.terminal import decimal_bytes
@@ -64,12 +64,12 @@ class StoredReference:
 
 
 def finite_logits(llama: Any, which: str, tokens: Sequence[int]) -> np.ndarray:
-    """As `all_logits`. Raises UserError, naming `which` model, where a logit is not finite."""
+    """As `all_logits`. Raises NotFiniteError, naming `which` model, where a logit is not finite."""
     import numpy as np
 
     logits: np.ndarray = all_logits(llama, tokens)
     if not np.isfinite(logits).all():
-        raise UserError(f"The {which}'s logits are not finite; convert it again from sound weights.")
+        raise NotFiniteError(f"The {which}'s logits are not finite; convert it again from sound weights.")
     return logits
 
 
