@@ -69,8 +69,8 @@ class Candidate:
     misses: tuple[str, ...]
     """Why it does not suit; empty where it does."""
     least_ram: int | None = None
-    """Bytes of the smallest memory that the device is sold with and that holds it beside the system; None where
-    none does, or none is known."""
+    """Bytes of the smallest memory that the device is sold with and that holds it beside the system; None
+    where none does, or none is known."""
 
     @property
     def name(self) -> str:

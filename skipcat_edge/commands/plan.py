@@ -86,7 +86,7 @@ def _print(result: PlanResult) -> None:
                          f"prompts of {wishes.prompt_tokens:,}{limit}"))
     console.print()
     left = [] if result.max_ram is None else [f"left of {decimal_bytes(result.max_ram)}"]
-    least = [] if result.device == "host" else [f"{result.device} with"]
+    least = [f"{result.device} with"] if _names_sizes(result) else []
     table = new_table("type", "ratio", "weights", "second copy", "KV cache", "rest", "memory", *left, *least,
                       "first token", "prompt tokens/s", "decode tokens/s", "at full context", "", left=1)
     for candidate in result.candidates:
@@ -104,6 +104,11 @@ def _print(result: PlanResult) -> None:
             f"--head-quant {best.type} --calibration TEXT"))
 
 
+def _names_sizes(result: PlanResult) -> bool:
+    """This machine has the memory that it has."""
+    return result.device != "host" and any(candidate.least_ram for candidate in result.candidates)
+
+
 def _cells(candidate: Candidate, result: PlanResult) -> Iterator[str]:
     from skipcat_edge.terminal import decimal_bytes
 
@@ -116,7 +121,7 @@ def _cells(candidate: Candidate, result: PlanResult) -> Iterator[str]:
                 decimal_bytes(memory.compute + memory.process), decimal_bytes(memory.peak))
     if result.max_ram is not None:
         yield "-" if memory.peak > result.max_ram else decimal_bytes(result.max_ram - memory.peak)
-    if result.device != "host":
+    if _names_sizes(result):
         yield "-" if candidate.least_ram is None else f"{candidate.least_ram / 2**30:g} GiB"
     yield from (number(candidate.first_token_s, 2, " s"), number(candidate.prompt_tps, 1),
                 number(candidate.decode_tps, 1), number(candidate.decode_full_tps, 1))
