@@ -57,6 +57,7 @@ class Evaluator:
             path, read_text(request.text), name=str(request.text), window=request.window,
             max_tokens=request.max_tokens, reference=None if is_reference else request.reference,
             threads=request.threads, begin=_last_of(step, 1 if is_reference else 2))
+        assert found.perplexity is not None  # it is no embedding model
         result = {"ppl": found.perplexity.ppl, "ppl_se": found.perplexity.ppl_se,
                   "tokens": found.perplexity.tokens, "loss": 0.0, "loss_se": 0.0, "top1": 1.0}
         if found.divergence is not None:
