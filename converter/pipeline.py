@@ -205,9 +205,8 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
 def _card(options: ConvertOptions, file: Path, result: ConvertResult) -> str:
     source = source_of_directory(options.source, options.source_name)
     feedback = options.rounding.feedback and result.calibration_tokens > 0
-    conversion = Conversion(options.method.name, feedback, result.calibration_tokens,
-                            result.calibration_sha256)
-    return new_card(file, source, name=options.output.name, conversion=conversion)
+    return new_card(file, source, name=options.output.name,
+                    conversion=Conversion(options.method.name, feedback))
 
 
 def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
@@ -326,6 +325,8 @@ def _write(
     else:
         architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
         metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
+        if compressor.statistics is not None:
+            metadata |= _calibration_keys(compressor.statistics)
     total = sum(slot.nbytes for slot in layout.slots())
     with phase("Factoring" if plan.owners else "Writing", total) as advance:
         write_file(partial, reader, layout, metadata, compressor.compress(layout), advance=advance)
@@ -344,14 +345,21 @@ def _metadata(
         (fmt.LEVELS_FORMAT_VERSION, fmt.LEVELS_RUNTIME_MIN) if levels else
         (fmt.FORMAT_VERSION, fmt.RUNTIME_MIN))
     return {
+        **_calibration_keys(statistics),
         fmt.KEY_ARCHITECTURE: (fmt.ARCHITECTURE_PREFIX + layers.architecture, GGUFValueType.STRING),
         fmt.KEY_FORMAT_VERSION: (version, GGUFValueType.UINT32),
         fmt.KEY_RUNTIME_MIN: (runtime, GGUFValueType.STRING),
         fmt.KEY_RATIO: (ratio, GGUFValueType.FLOAT32),
         fmt.KEY_METHOD: (options.method.name, GGUFValueType.STRING),
         fmt.KEY_SOURCE_NAME: (options.source_name or options.source.resolve().name, GGUFValueType.STRING),
-        fmt.KEY_CALIBRATION_SHA256: (known.text_sha256 or "" if known else "", GGUFValueType.STRING),
-        fmt.KEY_CALIBRATION_TOKENS: (known.tokens if known else 0, GGUFValueType.UINT32),
         fmt.KEY_SEED: ((known and known.seed) or options.seed or 0, GGUFValueType.UINT32),
         **levels,
+    }
+
+
+def _calibration_keys(statistics: Statistics | None) -> dict[str, tuple[Any, GGUFValueType]]:
+    known = statistics.provenance if statistics else None
+    return {
+        fmt.KEY_CALIBRATION_SHA256: (known.text_sha256 or "" if known else "", GGUFValueType.STRING),
+        fmt.KEY_CALIBRATION_TOKENS: (known.tokens if known else 0, GGUFValueType.UINT32),
     }

@@ -8,12 +8,18 @@ model (SkipCat, arXiv 2512.13494, reports a perplexity of 31,628 in BF16).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from scipy.linalg import lapack
+from threadpoolctl import ThreadpoolController
 
 DEFAULT_BOUND = 1.5
+_BLOCK = 32  # columns that LAPACK updates at once, given the memory
+# Below this many numbers OpenBLAS's threads wait for each other longer than they compute.
+_ONE_THREAD = 2**21
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,23 @@ def choose_skip_set(A: torch.Tensor, bound: float = DEFAULT_BOUND) -> SkipSet:
 
 def _pivots(Q: torch.Tensor) -> torch.Tensor:
     """Columns of Q: [r, n] in the order of LAPACK's column-pivoted QR: int64 [n]."""
-    _, pivots, _, _, info = lapack.dgeqp3(Q.cpu().numpy())
+    n = Q.shape[1]
+    with _one_blas_thread() if Q.numel() <= _ONE_THREAD else nullcontext():
+        # the least workspace, SciPy's default, makes LAPACK go column by column
+        _, pivots, _, _, info = lapack.dgeqp3(Q.cpu().numpy(), lwork=2 * n + (n + 1) * _BLOCK)
     assert info == 0, info
     return torch.from_numpy(pivots.astype("int64") - 1).to(Q.device)
+
+
+def _one_blas_thread() -> AbstractContextManager[object]:
+    limited: AbstractContextManager[object] = _blas().limit(limits=1)
+    return limited
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    """NumPy's and SciPy's BLAS; to look for them takes longer than a small matrix."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _exchange(T: torch.Tensor, row: int, column: int) -> None:

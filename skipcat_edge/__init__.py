@@ -1,6 +1,7 @@
 """skipcat-edge: low-rank language models for small devices.
 
-What the commands do, from Python: `convert`, `inspect`, `bench`, `evaluate` and `plan` return dataclasses.
+What the commands do, from Python: `convert`, `inspect`, `bench`, `evaluate` and `plan` return dataclasses,
+print nothing, and raise `UserError` for what a caller can mend.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipcat_edge.benchmark import bench
     from skipcat_edge.conversion import convert
+    from skipcat_edge.errors import UserError
     from skipcat_edge.evaluation import evaluate
     from skipcat_edge.inspection import inspect
     from skipcat_edge.planner import plan
 
 __version__ = "0.1.0"
-__all__ = ["bench", "convert", "evaluate", "inspect", "plan"]
+__all__ = ["UserError", "bench", "convert", "evaluate", "inspect", "plan"]
 
-_MODULES = {"bench": "benchmark", "convert": "conversion", "evaluate": "evaluation", "inspect": "inspection",
-            "plan": "planner"}
+_MODULES = {"UserError": "errors", "bench": "benchmark", "convert": "conversion", "evaluate": "evaluation",
+            "inspect": "inspection", "plan": "planner"}
 
 
 def __getattr__(name: str) -> Any:

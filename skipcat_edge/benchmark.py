@@ -12,6 +12,7 @@ from typing import Any
 from skipcat_edge.bench_process import BenchProcess
 from skipcat_edge.bench_worker import Job
 from skipcat_edge.conditions import Conditions, conditions, look
+from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.gguf_file import require_gguf
 from skipcat_edge.session import default_threads
 from skipcat_edge.traffic import weight_bytes_per_token
@@ -91,7 +92,7 @@ def steadiness(*speeds: Sequence[float]) -> float:
     return min(series[-1] / series[0] for series in speeds if series)
 
 
-def bench(files: Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: int = 64,
+def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: int = 64,
           threads: Sequence[int] = (), repetitions: int = 5, bandwidth: Callable[[int], float] | None = None,
           advance: Callable[[str], None] = lambda _: None) -> list[Result]:
     """Measure `files` with each number of `threads` (none: one for each physical core), one process each, one
@@ -102,11 +103,15 @@ def bench(files: Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: 
     one by one; both from an empty cache. `bandwidth`: tells the bytes per second that a number of threads
     read from memory, and is asked before the files are loaded.
 
-    Returns a result for each file and number of threads, files first. Raises UserError if a file cannot be
-    loaded or a process fails.
+    Returns a result for each file and number of threads, files first. Raises UserError if there is no file,
+    one cannot be loaded, a process fails, or a number is out of range.
     """
-    names = [files] if isinstance(files, str) else [str(file) for file in files]
+    names = [str(files)] if isinstance(files, str | Path) else [str(file) for file in files]
+    if not names:
+        raise UserError("There is no file to measure; give one or more.")
     threads = threads or [default_threads()]
+    require_at_least(1, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repetitions=repetitions,
+                     threads=min(threads))
     for name in names:
         require_gguf(Path(name))
     read_bandwidths = {count: bandwidth(count) for count in threads} if bandwidth else {}

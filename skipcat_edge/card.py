@@ -5,6 +5,9 @@ It lies beside the file under the file's own name, `llama.gguf` beside `llama.md
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -31,8 +34,6 @@ class Conversion:
     method: str
     error_feedback: bool = False
     """Rounding passed its errors on."""
-    calibration_tokens: int = 0
-    calibration_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Figure:
 
     def row(self) -> str:
         """In Markdown."""
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in
-                                 (self.name, self.value, self.on, self.date)) + " |"
+        return _row(self.name, self.value, self.on, self.date)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def card_path(file: Path) -> Path:
@@ -72,7 +76,7 @@ def new_card(file: Path, source: Source, *, name: str | None = None,
         "## Measured", _figures(name, info, []),
         "## Licence", _licence(source),
     ]
-    return f"---\n{_metadata(found, source)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_metadata(found, info, source)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def add_figures(card: str, file: Path, figures: Sequence[Figure]) -> str:
@@ -94,20 +98,23 @@ def _key(row: str) -> tuple[str, str]:
 def _figures(name: str, info: ModelInfo, rows: Sequence[str]) -> str:
     reference = " --reference DENSE.gguf"
     said = "\n".join([_HEAD, *rows]) if rows else (
-        f"Nothing yet. `skipcat-edge eval {name} --text TEXT{reference} --card` measures "
+        f"Nothing yet. `skipcat-edge eval {shlex.quote(name)} --text TEXT{reference} --card` measures "
         + ("the mean cosine to the dense model's embeddings" if info.embedding else
            "perplexity and the divergence from the dense model") + " and writes them here."
     )
     return f"{_BEGIN}\n\n{said}\n\n{_END}"
 
 
-def _metadata(found: Inspection, source: Source) -> str:
+def _metadata(found: Inspection, info: ModelInfo, source: Source) -> str:
     from huggingface_hub import ModelCardData
 
+    # the hub takes small letters, digits, dots and hyphens
+    licence_name = re.sub(r"[^a-z0-9.]+", "-", (source.licence_name or "").lower()).strip("-")
     data = ModelCardData(
-        license=source.licence, license_name=source.licence_name, license_link=source.licence_link,
+        license=source.licence, license_name=licence_name or None, license_link=source.licence_link,
         language=list(source.language) if isinstance(source.language, tuple) else source.language,
-        library_name="gguf", pipeline_tag=source.pipeline_tag,
+        library_name="gguf",
+        pipeline_tag=source.pipeline_tag or ("feature-extraction" if info.embedding else "text-generation"),
         base_model=source.name if source.on_hub else None,
         tags=["gguf", "skipcat-edge", *(["low-rank"] if found.owners else [])],
         # the hub has no word for low rank, and shows such models among the quantised ones
@@ -148,9 +155,9 @@ def _made(found: Inspection, source: Source, conversion: Conversion | None) -> s
     for owner in found.owners:
         types.update([owner.type.name, *(member.type.name for member in owner.members)])
     rows.append(("types of the linear layers", ", ".join(name for name, _ in types.most_common()) or UNKNOWN))
-    if conversion is not None and types.keys() - _FLOATS:
-        rows.append(("rounding", "each number's error is passed on to those after it"
-                     if conversion.error_feedback else "plain"))
+    if types.keys() - _FLOATS:
+        rows.append(("rounding", UNKNOWN if conversion is None else "plain" if not conversion.error_feedback
+                     else "each number's error is passed on to those after it"))
     rows.append(("size", f"{decimal_bytes(found.file_bytes)} ({found.file_bytes:,} bytes)"))
     rows.append(("calibration", _calibration(found, conversion)))
     if conversion is not None:
@@ -158,24 +165,23 @@ def _made(found: Inspection, source: Source, conversion: Conversion | None) -> s
     if fmt.KEY_FORMAT_VERSION in keys:
         rows.append(("format", f"version {keys[fmt.KEY_FORMAT_VERSION]}, for the runtime "
                                f"{keys.get(fmt.KEY_RUNTIME_MIN, UNKNOWN)} or later"))
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return "| | |\n|---|---|\n" + "\n".join(_row(*cells) for cells in rows)
 
 
 def _calibration(found: Inspection, conversion: Conversion | None) -> str:
     tokens = found.keys.get(fmt.KEY_CALIBRATION_TOKENS)
     sha256 = found.keys.get(fmt.KEY_CALIBRATION_SHA256)
-    if conversion is not None:
-        tokens, sha256 = conversion.calibration_tokens, conversion.calibration_sha256
-    if tokens is None:
-        return UNKNOWN
+    if tokens is None:  # a dense file that was calibrated says so; others' makers are unknown
+        return UNKNOWN if conversion is None else "none"
     text = f"a text with SHA-256 `{sha256}`" if sha256 else "an unknown text"
     return f"{tokens:,} tokens of {text}" if tokens else "none"
 
 
 def _how_to_run(name: str, found: Inspection, info: ModelInfo) -> str:
-    ours = "python -c \"from llama_cpp import Llama; " \
-           f"print(Llama('{name}', embedding=True).embed('Hello'))\"" if info.embedding else (
-               f"skipcat-edge chat {name}\nskipcat-edge generate {name} -p \"Once upon a time\"")
+    code = f'from llama_cpp import Llama; print(Llama({json.dumps(name)}, embedding=True).embed("Hello"))'
+    name = shlex.quote(name)
+    ours = f"python -c {shlex.quote(code)}" if info.embedding else (
+        f"skipcat-edge chat {name}\nskipcat-edge generate {name} -p \"Once upon a time\"")
     if found.owners:
         return (f"It needs skipcat-edge's patched llama-cpp-python: stock llama.cpp does not know the "
                 f"architecture `{found.architecture}` and refuses the file.\n\n"

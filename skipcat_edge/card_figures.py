@@ -10,11 +10,13 @@ from pathlib import Path
 
 from skipcat_edge.card import Figure, add_figures, card_path, new_card, read_card
 from skipcat_edge.card_source import require_hub, source_of_gguf
+from skipcat_edge.divergence import Divergence
 from skipcat_edge.embedding_eval import EmbeddingSimilarity
 from skipcat_edge.evaluation import Evaluation
 from skipcat_edge.format import KEY_CALIBRATION_SHA256
 from skipcat_edge.inspection import inspect
 from skipcat_edge.output import atomic_output, check_output
+from skipcat_edge.perplexity import Perplexity
 from skipcat_edge.task_eval import TaskResult, with_error
 
 
@@ -39,13 +41,23 @@ def write_figures(file: Path, figures: Sequence[Figure]) -> Path:
     return path
 
 
-def evaluation_figures(found: Evaluation, file: Path, text: Path, window: int,
-                       reference: Path | None) -> Iterator[Figure]:
-    """Perplexity, and the divergence from `reference` where there is one."""
-    on = f"{_named(text, file)}, {found.perplexity.tokens:,} tokens, windows of {window}"
-    yield _figure("perplexity", f"{found.perplexity.ppl:.4f} ± {found.perplexity.ppl_se:.4f}", on)
-    if found.divergence is not None and reference is not None:
-        divergence, dense = found.divergence, f"`{reference.name}`"
+def figures_of(found: Evaluation, file: Path, text: Path | None, window: int, reference: Path | None,
+               context: int | None) -> Iterator[Figure]:
+    """All that was found: on `text` in windows of `window` tokens, and in tasks with `context`."""
+    if text is not None and found.perplexity is not None:
+        yield from _text_figures(found.perplexity, found.divergence, file, text, window, reference)
+    if text is not None and reference is not None and found.similarity is not None:
+        yield from similarity_figures(found.similarity, file, text, reference)
+    if found.tasks:
+        yield from task_figures(found.tasks, reference, context)
+
+
+def _text_figures(perplexity: Perplexity, divergence: Divergence | None, file: Path, text: Path, window: int,
+                  reference: Path | None) -> Iterator[Figure]:
+    on = f"{_named(text, file)}, {perplexity.tokens:,} tokens, windows of {window}"
+    yield _figure("perplexity", f"{perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f}", on)
+    if divergence is not None and reference is not None:
+        dense = f"`{reference.name}`"
         yield _figure(f"KL divergence from {dense}, nats per token",
                       f"{divergence.kl:.6f} ± {divergence.kl_se:.6f}", on)
         yield _figure(f"top-1 agreement with {dense}",
@@ -55,9 +67,9 @@ def evaluation_figures(found: Evaluation, file: Path, text: Path, window: int,
 def similarity_figures(found: EmbeddingSimilarity, file: Path, text: Path,
                        reference: Path) -> Iterator[Figure]:
     """The mean and the lowest cosine."""
-    on = f"{_named(text, file)}, {found.lines:,} lines"
-    yield _figure(f"mean cosine to `{reference.name}`", f"{found.cosine_mean:.4f}", on)
-    yield _figure(f"lowest cosine to `{reference.name}`", f"{found.cosine_min:.4f}", on)
+    on, dense = f"{_named(text, file)}, {found.lines:,} lines", f"`{reference.name}`"
+    yield _figure(f"mean cosine to {dense}", f"{found.cosine_mean:.4f} ± {found.cosine_se:.4f}", on)
+    yield _figure(f"lowest cosine to {dense}", f"{found.cosine_min:.4f}", on)
 
 
 def task_figures(results: Sequence[TaskResult], reference: Path | None,

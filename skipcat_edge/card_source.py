@@ -65,7 +65,13 @@ def source_of_directory(directory: Path, hub_id: str | None) -> Source:
     readme = _read(directory / "README.md")
     if readme is not None:
         source = _with_card(source, parse_card(readme).data.to_dict())
-    return source if source.licence != UNKNOWN else _with_licence_file(source, directory)
+    if source.licence == UNKNOWN:
+        return _with_licence_file(source, directory)
+    if source.licence_link is None or "://" in source.licence_link:
+        return source
+    # a file beside the source, which does not lie beside our card
+    return replace(source, licence_link=None if hub_id is None else
+                   f"https://huggingface.co/{hub_id}/blob/main/{source.licence_link.removeprefix('./')}")
 
 
 def source_of_gguf(path: Path) -> Source:
@@ -81,7 +87,7 @@ def source_of_gguf(path: Path) -> Source:
     licence = text("general.license")
     return Source(
         name=made_from or name, on_hub=made_from is not None and made_from.count("/") == 1,
-        licence=licence or UNKNOWN, licence_name=text("general.license.name"),
+        licence=_identifier(licence) if licence else UNKNOWN, licence_name=text("general.license.name"),
         licence_link=text("general.license.link"), licence_from=path.name if licence else None,
         language=tuple(map(str, languages)) if isinstance(languages, list) and languages else None,
     )
@@ -97,11 +103,16 @@ def _with_card(source: Source, data: Mapping[str, Any]) -> Source:
         licence = licence[0]
     known = isinstance(licence, str) and bool(licence)
     return replace(
-        source, licence=str(licence) if known else UNKNOWN, licence_name=text("license_name"),
+        source, licence=_identifier(str(licence)) if known else UNKNOWN, licence_name=text("license_name"),
         licence_link=text("license_link"), licence_from="README.md" if known else None,
         language=tuple(map(str, language)) if isinstance(language, list) else text("language"),
         pipeline_tag=text("pipeline_tag"),
     )
+
+
+def _identifier(licence: str) -> str:
+    """`Apache 2.0` -> `apache-2.0`: the hub takes no capitals and no spaces."""
+    return "-".join(licence.lower().split())
 
 
 def _with_licence_file(source: Source, directory: Path) -> Source:

@@ -57,11 +57,10 @@ class Conversation:
     def reply(self, user: str, emit: Callable[[str], None]) -> Reply:
         """Answer `user`; `emit` gets the text as it comes. Oldest turns are dropped when it is full.
 
-        Raises UserError if `user` alone does not fit, or the template refuses it; the
-        conversation is then as it was before.
+        Where Ctrl-C comes before the first token, the conversation is as it was before. So it is when this
+        raises UserError: `user` alone does not fit, the template refuses it, or llama.cpp fails.
         """
         tokens, dropped = self._prompt(user)
-        del self.turns[:dropped]
         parts: list[str] = []
 
         def keep(text: str) -> None:
@@ -73,7 +72,9 @@ class Conversation:
 
         statistics = generate(self._llama, tokens, max_tokens=self._max_tokens, context=self._context,
                               emit=keep, sampling=self._sampling)
-        self.turns.append(Turn(user, "".join(parts)))
+        if not statistics.tokens:
+            return Reply("", 0, statistics)
+        self.turns = [*self.turns[dropped:], Turn(user, "".join(parts))]
         return Reply("".join(parts), dropped, statistics)
 
     def _prompt(self, user: str) -> tuple[list[int], int]:

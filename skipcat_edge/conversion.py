@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.extra import Phase
 
 if TYPE_CHECKING:
@@ -76,8 +76,14 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         ratio = levels[-1]
     ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
-    if bpw is not None and not math.isfinite(bpw):
-        raise UserError("--bpw must be a finite number, for example 3.6.")
+    if bpw is not None and not 0 < bpw < math.inf:
+        raise UserError("--bpw must be a finite number above 0, for example 3.6.")
+    require_at_least(1, budget=budget, calib_tokens=calib_tokens)
+    require_at_least(2, seq_len=seq_len)
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"The seed is {seed}, but it must be from 0 to {2**32 - 1}.")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"There is no device {device} to calibrate on; it is cpu or cuda.")
     if stats is not None and stats.absolute() == output.absolute():
         raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
     low_rank = ratio < 1 or budget is not None or bpw is not None
@@ -90,12 +96,15 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     from skipcat_converter.factorize import METHODS
     from skipcat_converter.pipeline import ConvertOptions
     from skipcat_converter.pipeline import convert as run
+    from skipcat_converter.planning import ALLOCATIONS
     from skipcat_converter.quantized import Rounding
     from skipcat_converter.source_model import resolve_source
     from skipcat_converter.writer import OutputTypes
 
     if method not in METHODS:
         raise UserError(f"There is no method {method}; the known ones are {', '.join(METHODS)}.")
+    if allocation is not None and allocation not in ALLOCATIONS:
+        raise UserError(f"There is no allocation {allocation}; the known ones are {', '.join(ALLOCATIONS)}.")
     if rounding not in ("feedback", "plain"):
         raise UserError(f"There is no rounding {rounding}; it is feedback or plain.")
     if low_rank and not (stats is not None and stats.exists()):

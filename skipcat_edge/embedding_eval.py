@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import NotFiniteError, UserError
 from skipcat_edge.perplexity import mean_and_error
 from skipcat_edge.session import BATCH, ModelInfo, model_info, open_embedding
 
@@ -59,7 +59,7 @@ def compare(llama: Any, reference: Any, lines: Sequence[str],
             advance: Callable[[int], None] = lambda _: None) -> EmbeddingSimilarity:
     """Cosines between the embeddings of `lines`, longer ones cut to the context.
 
-    `advance` hears how many lines were done. Raises UserError if an embedding is not finite.
+    `advance` hears how many lines were done. Raises NotFiniteError if an embedding is not finite.
     """
     import numpy as np
 
@@ -70,7 +70,7 @@ def compare(llama: Any, reference: Any, lines: Sequence[str],
         advance(len(some))
     values = np.concatenate(cosines)
     if not np.isfinite(values).all():
-        raise UserError("An embedding is not finite; convert the model again from sound weights.")
+        raise NotFiniteError("An embedding is not finite; convert the model again from sound weights.")
     mean, error = mean_and_error(values)
     return EmbeddingSimilarity(mean, float(values.min()), len(values), error)
 

@@ -6,13 +6,28 @@ import click
 
 
 class UserError(click.ClickException):
-    """Bad input: what is wrong, where, and what to do. The command line exits with 2."""
+    """Bad input: what is wrong, where, and what to do, in one sentence, which is `str` of it.
+
+    The only exception that the package's functions raise on purpose, or a subclass of it. The command line
+    prints it and exits with 2.
+    """
 
     exit_code = 2
 
 
+class NotFiniteError(UserError):
+    """A model whose numbers overflow: none of its figures means anything."""
+
+
 class UnreachableError(UserError):
     """A size that the model cannot have: its type's grid of ranks does not reach it."""
+
+
+def require_at_least(least: float, **numbers: float | None) -> None:
+    """Raise UserError for the first of `numbers` that is below `least`; None passes."""
+    for name, number in numbers.items():
+        if number is not None and not number >= least:
+            raise UserError(f"{name} is {number}, but it must be {least} or more.")
 
 
 def first_line(error: Exception) -> str:

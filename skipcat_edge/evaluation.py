@@ -1,18 +1,23 @@
-"""Everything `eval` says of a model that predicts tokens: figures on a text, and what the model writes."""
+"""Everything `eval` says of a model: figures on a text, what it writes, and what it reaches in tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.divergence import Divergence, check_reference, compare
-from skipcat_edge.errors import UserError
+from skipcat_edge.embedding_eval import EmbeddingSimilarity, lines_of, open_pair
+from skipcat_edge.embedding_eval import compare as compare_embeddings
+from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.perplexity import Perplexity, open_for_perplexity, perplexity, start_token, text_chunks
 from skipcat_edge.reference import LiveReference, Reference, stored_reference
 from skipcat_edge.samples import PROMPT_TOKENS, Sample, continuations, prompts_of, text_of
 from skipcat_edge.session import BATCH, model_info, open_generative, open_model
+
+if TYPE_CHECKING:
+    from skipcat_edge.task_eval import TaskResult
 
 Begin = Callable[[str, int], Callable[[], None]]
 """Hears a title and a number of steps; what it returns is called after each of them."""
@@ -20,17 +25,27 @@ Begin = Callable[[str, int], Callable[[], None]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of one model."""
+    """Of one model; what was not asked for is None or empty."""
 
-    perplexity: Perplexity
-    divergence: Divergence | None
+    perplexity: Perplexity | None = None
+    """Of a text; None for an embedding model."""
+    divergence: Divergence | None = None
     """None without a reference."""
-    samples: tuple[Sample, ...]
+    similarity: EmbeddingSimilarity | None = None
+    """Of an embedding model; None for others."""
+    samples: tuple[Sample, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object; `samples` only where there are some."""
-        values = asdict(self.perplexity) | (asdict(self.divergence) if self.divergence else {})
-        return values | ({"samples": [asdict(sample) for sample in self.samples]} if self.samples else {})
+        """One flat object; `samples` and `tasks` only where there are some."""
+        values: dict[str, Any] = {}
+        for figures in (self.perplexity, self.divergence, self.similarity):
+            values |= {} if figures is None else asdict(figures)
+        if self.samples:
+            values["samples"] = [asdict(sample) for sample in self.samples]
+        if self.tasks:
+            values["tasks"] = [task.to_json() for task in self.tasks]
+        return values
 
 
 @dataclass(frozen=True)
@@ -45,23 +60,61 @@ class _Text:
     """Its number of tokens."""
 
 
-def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int = 256,
+def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text", window: int = 256,
              max_tokens: int | None = None, reference: str | Path | None = None, cache: bool = True,
-             samples: int = 0, sample_tokens: int = 48, threads: int | None = None,
-             begin: Begin = lambda title, total: lambda: None) -> Evaluation:
-    """Perplexity of `file` on `text` (called `name` in errors) in windows of `window` tokens, divergence from
-    `reference`, and the likeliest `sample_tokens` tokens after `samples` beginnings.
+             samples: int = 0, sample_tokens: int = 48, tasks: str | Sequence[str] = (),
+             task_path: str | Path | None = None, limit: int | None = None, context: int | None = None,
+             threads: int | None = None, begin: Begin = lambda title, total: lambda: None) -> Evaluation:
+    """Measure `file` on `text`, on `tasks`, or on both.
 
-    With `cache`, the reference's logits are kept on disk and one model is in memory at a time. Raises
-    UserError for what cannot be read, loaded or compared.
+    A model that predicts tokens: perplexity, with `reference` the divergence from it as well. An embedding
+    model: the cosine between its embeddings of the text's lines and the `reference`'s, which it needs.
+
+    Args:
+        name: of the text, in errors.
+        window: tokens of a window, BOS included.
+        max_tokens: first tokens of the text that are read (None: all).
+        reference: the dense GGUF that `file` was made from. With `cache` its logits are kept on disk, and one
+            model is in memory at a time.
+        samples: beginnings of the text that both models continue, by their likeliest `sample_tokens` tokens.
+        tasks: lm-eval's names, or task files; these and `task_path`, `limit` and `context`, there `length`,
+            as `task_eval.measure_tasks` takes them.
+        threads: None takes one for each physical core.
+        begin: hears a title and a number of steps; what it returns is called after each.
+
+    Raises:
+        UserError: for what cannot be read, loaded or compared, and numbers out of range.
     """
+    require_at_least(2, window=window, context=context)
+    require_at_least(1, max_tokens=max_tokens, sample_tokens=sample_tokens, limit=limit, threads=threads)
+    require_at_least(0, samples=samples)
+    names = [tasks] if isinstance(tasks, str) else [*tasks]
     model, dense_file = Path(file), None if reference is None else Path(reference)
+    if text is None and not names:
+        raise UserError("There is nothing to measure on; give a text or tasks.")
     if model_info(model).embedding:
-        raise UserError(f"{model} is an embedding model and predicts no tokens; compare it with "
-                        "embedding_eval.compare, or `skipcat-edge eval`.")
+        if names or text is None:
+            raise UserError(f"{model} is an embedding model and answers no tasks; use --text and "
+                            "--reference.")
+        if samples:
+            raise UserError(f"{model} is an embedding model and writes no text; leave out --samples.")
+        if max_tokens is not None:
+            raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
+        if dense_file is None:
+            raise UserError(f"{model} is an embedding model; give its dense GGUF with --reference.")
+        return Evaluation(similarity=_similarity(model, dense_file, lines_of(text, name), threads, begin))
     if dense_file is not None:
         check_reference(model, dense_file)
-    read = _tokenize(model, text, name, window, max_tokens, samples)
+    read = None if text is None else _tokenize(model, text, name, window, max_tokens, samples)
+    results: Sequence[TaskResult] = ()
+    if names:  # first: a wrong name shows at once
+        from skipcat_edge.task_eval import measure_tasks
+
+        results = measure_tasks(
+            model, names, task_path=None if task_path is None else Path(task_path), limit=limit,
+            length=context, reference=dense_file, threads=threads, begin=begin)
+    if read is None:
+        return Evaluation(tasks=tuple(results))
     theirs: list[str | None] = [None] * len(read.prompts)
     dense: Reference | None = None
     if dense_file is not None:
@@ -84,7 +137,24 @@ def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int
         if isinstance(dense, LiveReference):
             dense.close()
     ours = _samples(model, read.prompts, sample_tokens, threads)
-    return Evaluation(found, divergence, tuple(map(Sample, read.beginnings, ours, theirs)))
+    return Evaluation(found, divergence, samples=tuple(map(Sample, read.beginnings, ours, theirs)),
+                      tasks=tuple(results))
+
+
+def _similarity(file: Path, reference: Path, lines: Sequence[str], threads: int | None,
+                begin: Begin) -> EmbeddingSimilarity:
+    models = open_pair(file, reference, threads)
+    step = begin("lines", len(lines))
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            step()
+
+    try:
+        return compare_embeddings(*models, lines, advance)
+    finally:
+        for model in models:
+            model.close()
 
 
 def _tokenize(file: Path, text: str, name: str, window: int, max_tokens: int | None, samples: int) -> _Text:

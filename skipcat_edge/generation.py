@@ -7,9 +7,11 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from skipcat_edge.abort import abort_on_ctrl_c
 from skipcat_edge.errors import UserError
 from skipcat_edge.session import (
     BATCH,
@@ -42,13 +44,15 @@ class Statistics:
 
     prompt_tokens: int
     prompt_s: float
-    """Seconds until the first token."""
+    """Seconds until the first token, or until the prompt was interrupted."""
     tokens: int
     decode_s: float
     """Seconds from the first token to the last."""
     stop: Stop
 
     def __str__(self) -> str:
+        if not self.tokens:
+            return f"{self.stop} after {self.prompt_s:.2f} s of {self.prompt_tokens} prompt tokens"
         prompt = f"{self.prompt_tokens} prompt tokens in {self.prompt_s:.2f} s"
         speed = f" ({(self.tokens - 1) / self.decode_s:.1f} tokens/s)" if self.decode_s > 0 else ""
         return f"{prompt}; {self.tokens} tokens in {self.decode_s:.2f} s{speed}; {self.stop}"
@@ -120,7 +124,8 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
     """Continue `tokens` until the model ends the text, `max_tokens` are out or `context` is full.
 
     `emit` gets the text as soon as it is whole characters. Ctrl-C ends the generation, not the
-    program. Raises UserError if `tokens` are none or do not fit, or llama.cpp fails.
+    program, and waits for no batch of the prompt. Raises UserError if `tokens` are none or do not fit, or
+    llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
     if not tokens:
@@ -136,7 +141,10 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
     count = 0
     started = first = last = time.perf_counter()
     try:
-        for token in llama.generate(tokens, temp=sampling.temperature):
+        generated = llama.generate(tokens, temp=sampling.temperature)
+        with abort_on_ctrl_c(llama):
+            begun = next(generated)
+        for token in chain((begun,), generated):
             last = time.perf_counter()
             first = last if count == 0 else first
             count += 1
@@ -148,6 +156,8 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
                 break
     except KeyboardInterrupt:
         stop = "interrupted"
+        if not count:
+            first = last = time.perf_counter()
     except RuntimeError as error:
         raise decode_error(str(error)) from None
     emit(text.decode(b"", final=True))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.plan_memory import MemoryNeed, memory_need
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class Candidate:
     """At the end of a full one."""
     misses: tuple[str, ...]
     """Why it does not suit; empty where it does."""
+    least_ram: int | None = None
+    """Bytes of the smallest memory that the device is sold with and that holds it beside the system; None
+    where none does, or none is known."""
 
     @property
     def name(self) -> str:
@@ -124,11 +127,17 @@ def plan(source: str | Path, *, device: str = "host", context: int | None = None
         begin: hears a title and a number of steps, and gives what is called after each.
 
     Raises:
-        UserError: for a source, device, type or ratio that there is not, or a context that is too long.
+        UserError: for a source, device, type or ratio that there is not, a context that is too long, or
+            another number that is out of range.
     """
     from skipcat_edge.device import load_device
     from skipcat_edge.model_config import read_dimensions
+    from skipcat_edge.ranks import check_ratio
 
+    for ratio in ratios:
+        check_ratio(ratio)
+    require_at_least(1, max_ram=max_ram, threads=threads)
+    require_at_least(0, min_speed=min_speed, max_first_token=max_first_token)
     dimensions, target = read_dimensions(str(source)), load_device(device)
     wishes = Wishes(_context(dimensions, context), prompt_tokens, min_speed, max_first_token, max_ram)
     if not 0 < prompt_tokens <= wishes.context:
@@ -137,16 +146,20 @@ def plan(source: str | Path, *, device: str = "host", context: int | None = None
     models, impossible = _models(dimensions, types, ratios)
     limit = max_ram
     if limit is None and target.memory.ram_bytes:
-        limit = round(_SHARE_OF_RAM * max(target.memory.ram_bytes))
+        limit = _for_models(max(target.memory.ram_bytes))
     needs = [memory_need(model, wishes.context, prompt_tokens, target.features) for model in models]
     fitting = [model for model, need in zip(models, needs, strict=True)
                if limit is None or need.peak <= limit]
     speed, basis = _speed(target, dimensions, fitting, wishes, threads, begin)
-    candidates = tuple(_candidate(model, need, speed, wishes, limit)
+    candidates = tuple(_candidate(model, need, speed, wishes, limit, target.memory.ram_bytes)
                        for model, need in zip(models, needs, strict=True))
     recommended, reason = recommend(candidates)
     return PlanResult(str(source), device, wishes, limit, candidates, impossible, recommended,
                       reason + _unchecked(candidates, wishes), basis)
+
+
+def _for_models(ram: int) -> int:
+    return round(_SHARE_OF_RAM * ram)
 
 
 def _context(dimensions: ModelDimensions, wanted: int | None) -> int:
@@ -228,7 +241,7 @@ def _speed(device: Device, dimensions: ModelDimensions, models: Sequence[Planned
 
 
 def _candidate(model: PlannedModel, memory: MemoryNeed, speed: Speed, wishes: Wishes,
-               limit: int | None) -> Candidate:
+               limit: int | None, sold: Sequence[int]) -> Candidate:
     def rate(seconds: float | None, tokens: int = 1) -> float | None:
         return None if seconds is None else tokens / seconds
 
@@ -244,6 +257,7 @@ def _candidate(model: PlannedModel, memory: MemoryNeed, speed: Speed, wishes: Wi
     return Candidate(
         model.type.name, model.ratio, model.kept, memory, rate(prompt_s, wishes.prompt_tokens), prompt_s,
         decode_tps, rate(speed.decode_s(model, wishes.context - 1)), tuple(misses),
+        min((ram for ram in sold if memory.peak <= _for_models(ram)), default=None),
     )
 
 

@@ -1,7 +1,8 @@
 """How fast this machine runs a model's layers: some of them with random weights, timed for some seconds.
 
-A layer's seconds are measured dense and low-rank, and the head's beside them, so that nothing is said of
-caches, row lengths or threads that was not timed on this machine. The whole model is their sum.
+As many layers as a few hundred megabytes hold are timed dense and low-rank, each time with the head, and a
+single one beside them, so that nothing is said of caches, row lengths or threads that was not timed on this
+machine. A small model is timed whole; to a large one its other layers are added.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ _LAYERS_BYTES = 384 * 10**6
 as the 16 of the whole model, on a machine with a cache of 32 MB."""
 MOST_PROMPT_TOKENS = 128
 """Of the prompt that is timed; more would only take longer."""
-_FEW_TOKENS = 64
-"""Vocabulary of a model whose head should cost nothing."""
 _ROUNDS, _LEAST_ROUNDS = 5, 2
 _SECONDS = 10.0
 """After so many, types still to come are timed `_LEAST_ROUNDS` times only."""
@@ -176,12 +175,12 @@ class _Subject:
 @contextmanager
 def _subjects(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float | None, threads: int,
               prompt_tokens: int, advance: Callable[[str], None]) -> Iterator[dict[str, _Subject]]:
-    """`dense` and `low-rank` layers without a head to speak of, and one dense layer with it."""
-    layer = plan(replace(model, n_layer=1, n_vocab=_FEW_TOKENS, tied_head=True), type_, 1.0, 0)
+    """`dense` and `low-rank` layers, and `one` dense layer, each with the head."""
+    layer = plan(replace(model, n_layer=1, tied_head=True), type_, 1.0, 0)
     layer_bytes = sum(tensor.nbytes for tensor in layer.tensors if tensor.role is Role.LINEAR)
     layers = min(model.n_layer, max(2, -(-_LAYERS_BYTES // layer_bytes)))
-    few = replace(model, n_layer=layers, n_vocab=_FEW_TOKENS, tied_head=True)
-    wanted = {"dense": (few, 1.0), "head": (replace(model, n_layer=1, tied_head=True), 1.0)}
+    few = replace(model, n_layer=layers, tied_head=True)
+    wanted = {"dense": (few, 1.0), "one": (replace(few, n_layer=1), 1.0)}
     if ratio is not None:
         wanted["low-rank"] = (few, ratio)
     with ExitStack() as stack:
@@ -206,13 +205,21 @@ def _subjects(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float 
 
 
 def _costs(subjects: dict[str, _Subject]) -> TypeCosts:
-    def per_layer(subject: _Subject) -> tuple[Cost, int]:
-        layers, whole = subject.model.model.n_layer, subject.cost()
-        cost = Cost(whole.prompt_s / layers, whole.decode_s / layers)
-        return cost, subject.model.linear_parameters // layers
+    dense, one = subjects["dense"], subjects["one"]
+    layers = dense.model.model.n_layer
+    # (layers - 1) of them and no head lie between the two; where there is one layer, it holds the head
+    layer = _cost(dense, one, layers - 1) if layers > 1 else dense.cost()
+    single = one.cost()
+    head = Cost(max(0.0, single.prompt_s - layer.prompt_s), max(0.0, single.decode_s - layer.decode_s))
+    low_rank, low_rank_parameters = None, 0
+    if "low-rank" in subjects:
+        low_rank = _cost(subjects["low-rank"], head, layers)
+        low_rank_parameters = subjects["low-rank"].model.linear_parameters // layers
+    return TypeCosts(layer, dense.model.linear_parameters // layers, low_rank, low_rank_parameters, head)
 
-    dense, dense_parameters = per_layer(subjects["dense"])
-    low_rank, low_rank_parameters = per_layer(subjects["low-rank"]) if "low-rank" in subjects else (None, 0)
-    with_head = subjects["head"].cost()
-    head = Cost(max(0.0, with_head.prompt_s - dense.prompt_s), max(0.0, with_head.decode_s - dense.decode_s))
-    return TypeCosts(dense, dense_parameters, low_rank, low_rank_parameters, head)
+
+def _cost(subject: _Subject, without: _Subject | Cost, layers: int) -> Cost:
+    """Of one of the `layers` that `subject` has beyond `without`."""
+    whole, less = subject.cost(), without if isinstance(without, Cost) else without.cost()
+    return Cost(max(0.0, whole.prompt_s - less.prompt_s) / layers,
+                max(0.0, whole.decode_s - less.decode_s) / layers)

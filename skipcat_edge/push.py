@@ -103,8 +103,8 @@ def push(repository: str, upload: Upload, *, create: bool = False, private: bool
          message: str) -> str:
     """Upload in one commit; return where it is. `create` makes the repository where it is missing.
 
-    Without `force`, the README.md of a repository that holds other GGUF files is not replaced. Raises
-    UserError where there is no token, or the hub refuses or cannot be reached.
+    Without `force`, the README.md of a repository that holds other GGUF files, or none of these, is not
+    replaced. Raises UserError where there is no token, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
@@ -115,11 +115,12 @@ def push(repository: str, upload: Upload, *, create: bool = False, private: bool
     try:
         if create:
             api.create_repo(repository, private=private, exist_ok=True)
-        others = [name for name in api.list_repo_files(repository)
-                  if name.endswith(".gguf") and name not in upload.files]
-        if others and not force:
-            raise UserError(f"{repository} holds {others[0]} already, and its new README.md would not name "
-                            "it; push all files together, or pass --force.")
+            # the hub leaves a repository that is there as it is
+            if private and not api.repo_info(repository).private:
+                raise UserError(f"{repository} is there already and is public; make it private on the hub, "
+                                "or leave out --private.")
+        if not force:
+            _check_readme(repository, api.list_repo_files(repository), upload)
         operations = [
             CommitOperationAdd(name, content.encode() if isinstance(content, str) else str(content))
             for name, content in upload.files.items()
@@ -133,9 +134,23 @@ def push(repository: str, upload: Upload, *, create: bool = False, private: bool
         if isinstance(error, ConnectionError | TimeoutError) or library in _HTTP_LIBRARIES:
             raise UserError(f"The hub cannot be reached ({first_line(error)}); look at the network, and try "
                             "again.") from None
+        if isinstance(error, ValueError | RuntimeError):  # wrong metadata, or a file that is too large
+            said = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"The hub refused the upload to {repository} ({said}).") from None
         if isinstance(error, OSError):
             raise UserError(f"The files could not be read ({first_line(error)}); look at them.") from None
         raise
+
+
+def _check_readme(repository: str, names: Sequence[str], upload: Upload) -> None:
+    there = [name for name in names if name.endswith(".gguf")]
+    others = [name for name in there if name not in upload.files]
+    if others:
+        raise UserError(f"{repository} holds {others[0]} already, and its new README.md would not name it; "
+                        "push all files together, or pass --force.")
+    if README in names and not there:
+        raise UserError(f"{repository} has a README.md of something else, which the model card would "
+                        "replace; use another repository, or pass --force.")
 
 
 def _refused(repository: str, error: Any, create: bool) -> UserError:

@@ -41,6 +41,8 @@ def continuations(llama: Any, prompts: Sequence[Sequence[int]], max_tokens: int)
     found = []
     for prompt in prompts:
         parts: list[str] = []
-        generate(llama, prompt, max_tokens=max_tokens, context=llama.n_ctx(), emit=parts.append)
+        statistics = generate(llama, prompt, max_tokens=max_tokens, context=llama.n_ctx(), emit=parts.append)
+        if statistics.stop == "interrupted":  # no sample
+            raise KeyboardInterrupt
         found.append("".join(parts))
     return found

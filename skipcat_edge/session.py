@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipcat_edge.abort import ctrl_c_at_the_end
 from skipcat_edge.cores import usable_cores
 from skipcat_edge.errors import UserError
 from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
@@ -98,14 +99,15 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
     log.clear()
     threads = threads or default_threads()
     try:
-        llama = llama_cpp.Llama(
-            str(path), n_ctx=-(-context // CONTEXT_STEP) * CONTEXT_STEP, n_batch=batch,
-            n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
-            embedding=embedding, vocab_only=vocabulary_only, verbose=False,
-            flash_attn=True,  # llama.cpp's own default, not llama_cpp's
-            pooling_type=(llama_cpp.LLAMA_POOLING_TYPE_MEAN if embedding and not pooled
-                          else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED),
-        )
+        with ctrl_c_at_the_end():
+            llama = llama_cpp.Llama(
+                str(path), n_ctx=-(-context // CONTEXT_STEP) * CONTEXT_STEP, n_batch=batch,
+                n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
+                embedding=embedding, vocab_only=vocabulary_only, verbose=False,
+                flash_attn=True,  # llama.cpp's own default, not llama_cpp's
+                pooling_type=(llama_cpp.LLAMA_POOLING_TYPE_MEAN if embedding and not pooled
+                              else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED),
+            )
     except Exception as error:
         if type(error).__module__.startswith("jinja2"):
             raise UserError(f"{path}: its chat template is broken ({error}); convert it again.") from None

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from skipcat_edge.errors import UserError, first_line
 from skipcat_edge.evaluation import Begin
@@ -26,7 +27,7 @@ _LOGGERS = "lm_eval", "datasets", "evaluate", "huggingface_hub", "fsspec", "http
 # What these libraries read when they are first imported. Only what a task names is fetched, and nobody is
 # told that it ran. For 1000 draws, lm-eval would start a process for each core.
 _ENVIRONMENT = {
-    "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "DISABLE_MULTIPROC": "1",
 }
 _UNREACHABLE = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout",
@@ -84,7 +85,7 @@ def _harness() -> Iterator[None]:
     require_packages("Tasks need", "eval", "lm_eval")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_bars():
         warnings.simplefilter("ignore")
         import lm_eval.tasks  # noqa: F401  the libraries set their loggers' levels when they are imported
 
@@ -96,6 +97,20 @@ def _harness() -> Iterator[None]:
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """TQDM_DISABLE would come too late where tqdm has been imported."""
+    from tqdm.std import tqdm
+
+    draw = tqdm.__init__
+
+    def silent(bar: Any, *given: Any, **named: Any) -> None:
+        draw(bar, *given, **{**named, "disable": True})
+
+    with patch.object(tqdm, "__init__", silent):
+        yield
 
 
 def load_tasks(names: Sequence[str], task_path: Path | None) -> dict[str, Any]:

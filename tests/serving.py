@@ -98,25 +98,25 @@ class Local:
     url: str = ""
     engine: Any = None
     delay: float = 0.0
-    """Seconds that each token takes longer."""
+    """Seconds that each token, and each batch of a prompt, takes longer."""
     begun: list[list[int]] = field(default_factory=list)
     """Prompts of the answers that were begun."""
     computed: list[int] = field(default_factory=list)
-    """Tokens of each call of Llama.eval."""
+    """Tokens of each batch."""
 
     def watch(self, llama: Any) -> None:
-        plain_eval, plain_generate = llama.eval, llama.generate
+        plain_decode, plain_generate = llama._ctx.decode, llama.generate
 
-        def evaluate(tokens: Sequence[int]) -> None:
+        def decode(batch: Any) -> None:
             time.sleep(self.delay)
-            self.computed.append(len(tokens))
-            plain_eval(tokens)
+            self.computed.append(batch.n_tokens())
+            plain_decode(batch)
 
         def generate(tokens: Sequence[int], **options: Any) -> Iterator[int]:
             self.begun.append(list(tokens))
             return plain_generate(tokens, **options)
 
-        llama.eval, llama.generate = evaluate, generate
+        llama._ctx.decode, llama.generate = decode, generate
 
 
 @contextmanager
@@ -132,10 +132,11 @@ def local_server(file: Path, *, context: int = 512, api_key: str | None = None) 
     from skipcat_edge.session import model_info
 
     local = Local()
-    llama = open_served(file, model_info(file), context, 1)
+    info = model_info(file)
+    llama = open_served(file, info, context, 1)
     local.watch(llama)
     local.engine = Engine(llama)
-    app = create_app(local.engine, ["local"], embedding=False, context=context)
+    app = create_app(local.engine, ["local"], embedding=info.embedding, context=context)
     with listen("127.0.0.1", 0) as listener:
         local.url = url("127.0.0.1", listener)
         server = uvicorn.Server(configuration(Guard(app, hosts=frozenset({"127.0.0.1"}), api_key=api_key)))

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from command_line import run, run_json
 from conversion import DEMO, convert_model
 from gguf import GGUFReader, GGUFWriter
+from huggingface_hub import ModelCard
 
 from skipcat_edge.card import Figure, add_figures, card_path, new_card
 from skipcat_edge.card_source import UNKNOWN, Source, source_of_directory, source_of_gguf
@@ -56,7 +58,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory, demo_dense_gguf: Path) -
 def test_convert_writes_a_card_beside_the_file(converted: Path) -> None:
     assert sorted(path.name for path in converted.parent.iterdir()) == ["small.v1.gguf", "small.v1.md"]
     card = (converted.parent / "small.v1.md").read_text("utf-8")
-    assert front_matter(card) == {"library_name": "gguf", "license": "mit",
+    assert front_matter(card) == {"library_name": "gguf", "license": "mit", "pipeline_tag": "text-generation",
                                   "tags": ["gguf", "skipcat-edge", "low-rank"]}
     facts, fields = table(card, "How it was made"), GGUFReader(converted).fields
     assert facts["source"] == "`model`"
@@ -93,6 +95,9 @@ def test_a_dense_files_card_knows_its_calibration_and_that_stock_llama_cpp_runs_
     assert (facts["parameters kept"], facts["types of the linear layers"]) == ("all", "Q4_0")
     assert facts["calibration"].endswith(f"`{hashlib.sha256(CALIBRATION.read_bytes()).hexdigest()}`")
     assert facts["rounding"].startswith("each number's error is passed on")
+    # the file alone knows as well, but for the rounding
+    again = table(new_card(out, source_of_gguf(out)), "How it was made")
+    assert (again["calibration"], again["rounding"]) == (facts["calibration"], UNKNOWN)
     assert "low-rank" not in front_matter(card)["tags"]
     assert "Stock llama.cpp runs it" in card
     assert "llama-cli -m dense.gguf" in card
@@ -108,6 +113,7 @@ def test_a_model_of_the_hub_is_named_as_what_this_one_was_made_from(
     assert data["base_model"] == "somebody/stories"
     assert data["base_model_relation"] == "quantized"
     assert "https://huggingface.co/somebody/stories" in card.read_text("utf-8")
+    assert table(card.read_text("utf-8"), "How it was made")["calibration"] == "none"
     # a directory's name is none of the hub's
     assert "base_model" not in front_matter(new_card(demo_dense_gguf, Source("stories")))
 
@@ -116,11 +122,15 @@ def test_a_model_of_the_hub_is_named_as_what_this_one_was_made_from(
     ({"README.md": "---\nlicense: llama3.2\nlanguage: [en, de]\npipeline_tag: text-generation\n---\n"},
      {"license": "llama3.2", "language": ["en", "de"], "pipeline_tag": "text-generation"}),
     ({"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: en\n---\n"},
-     {"license": "other", "license_name": "mine", "license_link": "LICENSE", "language": "en"}),
+     {"license": "other", "license_name": "mine", "language": "en"}),
+    ({"README.md": "---\nlicense: other\nlicense_name: Mine 1.0 (b)\nlicense_link: https://x.org/l\n---\n"},
+     {"license": "other", "license_name": "mine-1.0-b", "license_link": "https://x.org/l"}),
+    ({"README.md": "---\nlicense: Apache 2.0\nlanguage: 'no'\n---\n"},
+     {"license": "apache-2.0", "language": "no"}),
     ({"README.md": "# No metadata\n", "LICENSE": MIT}, {"license": "mit"}),
     ({"LICENSE.txt": "   Apache License\n   Version 2.0, January 2004\n"}, {"license": "apache-2.0"}),
     ({"COPYING": "\n# The Licence of Somebody\n\nUse it on Sundays."},
-     {"license": "other", "license_name": "The Licence of Somebody"}),
+     {"license": "other", "license_name": "the-licence-of-somebody"}),
     ({"README.md": "---\nlicense: [\n---\nbroken"}, {"license": "unknown"}),
     ({"README.md": "---\n- a\n- list\n---\n", "licensing.py": MIT}, {"license": "unknown"}),
     ({}, {"license": "unknown"}),
@@ -132,7 +142,9 @@ def test_the_licence_is_the_sources_and_never_invented(
         (tmp_path / name).write_text(content, "utf-8")
     card = new_card(demo_dense_gguf, source_of_directory(tmp_path, None))
     data = front_matter(card)
-    assert {key: value for key, value in data.items() if key not in ("library_name", "tags")} == expected
+    assert data == {"library_name": "gguf", "tags": ["gguf", "skipcat-edge"],
+                    "pipeline_tag": "text-generation", **expected}
+    assert ModelCard(card).data.to_dict() == data
     assert ("licence of the source is unknown" in card) == (expected["license"] == "unknown")
 
 
@@ -140,7 +152,7 @@ def test_a_file_alone_tells_what_its_metadata_says(converted: Path, demo_dense_g
     source = source_of_gguf(converted)
     assert (source.name, source.on_hub, source.licence) == ("model", False, "mit")
     facts = table(new_card(demo_dense_gguf, source_of_gguf(demo_dense_gguf)), "How it was made")
-    assert facts["calibration"] == UNKNOWN
+    assert (facts["calibration"], facts["parameters kept"]) == (UNKNOWN, "all")
     assert "made with" not in facts
 
 
@@ -152,10 +164,40 @@ def test_an_encoders_card_says_how_to_embed(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     card = new_card(file, source_of_gguf(file))
+    assert front_matter(card)["pipeline_tag"] == "feature-extraction"
     assert "embedding=True" in card
     assert "skipcat-edge chat" not in card
     assert "mean cosine" in card
     assert front_matter(card)["license"] == "unknown"
+
+
+def test_odd_names_stay_one_cell_and_one_word(tmp_path: Path, demo_dense_gguf: Path) -> None:
+    name = "it's a | \"model\" #1.gguf"
+    source = Source("a|b: [c]", licence="other", licence_name="x: y")
+    card = new_card(demo_dense_gguf, source, name=name)
+    assert table(card, "How it was made")["source"] == "`a\\|b: [c]`"
+    assert ModelCard(card).data.license_name == "x-y"
+    stock, chat, *_ = card.split("```console\n")[1].splitlines()
+    assert shlex.split(stock) == ["llama-cli", "-m", name]
+    assert shlex.split(chat) == ["skipcat-edge", "chat", name]
+
+
+def test_a_licence_beside_the_source_is_linked_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: ./LICENSE\n---\n", "utf-8")
+    assert source_of_directory(tmp_path, "owner/name").licence_link == (
+        "https://huggingface.co/owner/name/blob/main/LICENSE")
+    assert source_of_directory(tmp_path, None).licence_link is None  # no one else has it
+
+
+def test_a_local_sources_folders_are_nowhere(tmp_path: Path, demo_dense_gguf: Path) -> None:
+    private = tmp_path / "alice" / "secret-project"
+    shutil.copytree(DEMO / "model", private / "small")
+    out = private / "out.gguf"
+    convert_model(private / "small", out, ratio=1.0, card=private / "out.md")
+    for file in (out, private / "out.md"):
+        content = file.read_bytes()
+        assert b"alice" not in content and b"secret-project" not in content
+    assert "`small`" in (private / "out.md").read_text("utf-8")
 
 
 def test_a_card_is_replaced_by_force_only(tmp_path: Path, demo_dense_gguf: Path) -> None:
@@ -254,7 +296,7 @@ def test_cosines_and_tasks_are_figures_as_well(demo_dense_gguf: Path, tmp_path: 
 
     text = tmp_path / "lines.txt"
     text.write_text("one\ntwo\n")
-    cosines = similarity_figures(EmbeddingSimilarity(cosine_mean=0.98765, cosine_min=0.5, lines=2),
+    cosines = similarity_figures(EmbeddingSimilarity(0.98765, 0.5, 2, 0.00123),
                                  demo_dense_gguf, text, Path("/far/big.gguf"))
     pytest.importorskip("lm_eval")
     results = [TaskResult("arc_easy", "acc", "none", 0.25, 0.125, 1200, 0.5, 0.25),
@@ -262,7 +304,8 @@ def test_cosines_and_tasks_are_figures_as_well(demo_dense_gguf: Path, tmp_path: 
     tasks = task_figures(results, Path("/far/big.gguf"), 1024)
     rows = table(add_figures("", demo_dense_gguf, [*cosines, *tasks]), "Measured")
     assert rows == {
-        "figure": "value", "mean cosine to `big.gguf`": "0.9877", "lowest cosine to `big.gguf`": "0.5000",
+        "figure": "value",
+        "mean cosine to `big.gguf`": "0.9877 ± 0.0012", "lowest cosine to `big.gguf`": "0.5000",
         "arc_easy, acc": "0.2500 ± 0.1250 (`big.gguf`: 0.5000 ± 0.2500)",
         "gsm8k, exact_match (strict)": "0.7500",
     }

@@ -126,6 +126,46 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(demo_dense_gguf: Path) -> No
         assert process.wait(timeout=60) == 0
 
 
+# The command with a model whose nodes say that they are computed, and take their time.
+_SLOW_NODES = """
+import sys
+import time
+import llama_cpp
+from skipcat_edge.cli import main
+
+callback = llama_cpp.ggml_abort_callback
+tell = lambda: (print("node", file=sys.stderr, flush=True), time.sleep(0.02))
+llama_cpp.ggml_abort_callback = lambda *ask: callback(*(lambda data: (tell(), f(data))[1] for f in ask))
+main()
+"""
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_ctrl_c_does_not_wait_for_the_prompt(demo_dense_gguf: Path, command: str) -> None:
+    prompt, options = "the dog and " * 100, ["--temp", "0", "-n", "8", "--threads", "1"]
+    arguments = [command, str(demo_dense_gguf), *options, *(["-p", prompt] if command == "generate" else [])]
+    with subprocess.Popen([sys.executable, "-u", "-c", _SLOW_NODES, *arguments], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stderr is not None
+        if command == "chat":
+            process.stdin.write(f"{prompt}\n")
+            process.stdin.flush()
+        while (line := process.stderr.readline()) != "node\n":
+            assert line
+        process.send_signal(signal.SIGINT)
+        nodes = 1
+        while (line := process.stderr.readline()) == "node\n":
+            nodes += 1
+        assert nodes < 60  # of 107
+        assert line.startswith(("(" if command == "chat" else "") + "interrupted after ")
+        replies, notes = process.communicate("The dog\n" if command == "chat" else None)
+        assert process.returncode == (0 if command == "chat" else 1)
+        assert "Exception ignored" not in notes
+    if command == "chat":
+        assert replies == f"\n{run('chat', demo_dense_gguf, *options, stdin='The dog').stdout}"
+
+
 def test_lines_of_earlier_chats_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readline = pytest.importorskip("readline")
     monkeypatch.setattr(chat_input, "_history_file", lambda: tmp_path / "chat_history")

@@ -41,6 +41,8 @@ TEXTS = "--text {text} --calibration {text}"
     (f"{{demo}} -o {{full}} {TEXTS}", ["no comparison", "--force"]),
     (f"{{demo}} -o {{text}} {TEXTS}", ["is a file"]),
     (f"{{demo}} -o {{new}}/deep {TEXTS}", ["create it first"]),
+    (f"{{demo}} -o /proc/new {TEXTS}", ["/proc/new cannot be used", "can be written"]),
+    (f"{{demo}} -o {'x' * 300} {TEXTS}", ["cannot be used (File name too long)"]),
     (f"{{demo}} -o {{new}} {TEXTS} --file {{missing}}", ["missing.txt: no such file"]),
     (f"{{gone}} -o {{new}} {TEXTS}", ["no such directory"]),
     ("{text} -o {new} --text {text}", ["not a GGUF file"]),
@@ -153,6 +155,72 @@ def test_the_figures_are_those_of_eval(
     found = steps[f"eval {demo_low_rank_gguf.resolve()}"]["result"]
     assert found["loss"] == pytest.approx(told["kl"], rel=1e-6)
     assert found["ppl"] == pytest.approx(told["ppl"], rel=1e-6)
+
+
+@pytest.mark.runtime
+def test_a_file_that_computes_no_numbers_is_left_out(
+    demo_dense_gguf: Path, demo_low_rank_gguf: Path, other_text: Path, tmp_path: Path, counted: Counted
+) -> None:
+    from gguf import GGUFReader
+
+    broken, folder = tmp_path / "broken.gguf", tmp_path / "out"
+    broken.write_bytes(demo_dense_gguf.read_bytes())
+    tensors = {tensor.name: tensor for tensor in GGUFReader(broken, "r+").tensors}
+    tensors["output_norm.weight"].data[:] = float("nan")
+    tensors["output_norm.weight"].data.flush()
+
+    def compare(source: Path, *files: Path) -> Any:
+        return run("compare", source, "-o", folder, "--text", other_text,
+                   *(part for file in files for part in ("--file", file)), *TINY)
+
+    result = compare(demo_dense_gguf, broken, demo_low_rank_gguf)
+    assert result.exit_code == 0, result.output
+    assert "broken.gguf is left out: The model's logits are not finite" in result.stdout
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert ">broken.gguf</td>" not in page and ">skipcat.gguf</td>" in page
+    counted.since()
+    assert compare(demo_dense_gguf, broken, demo_low_rank_gguf).exit_code == 0 and counted.since() == ([], 0)
+    folder = tmp_path / "other"
+    result = compare(broken, demo_low_rank_gguf)
+    assert result.exit_code == 2 and "not finite" in result.stderr
+
+
+@pytest.mark.runtime
+def test_names_that_are_no_text_are_shown(
+    demo_dense_gguf: Path, demo_low_rank_gguf: Path, other_text: Path, tmp_path: Path
+) -> None:
+    import os
+
+    from skipcat_edge.compare.report import PAGE
+
+    strange, text = tmp_path / "ä <b>\"&'.gguf", tmp_path / os.fsdecode(b"<i>\xff.txt")
+    strange.write_bytes(demo_low_rank_gguf.read_bytes())
+    text.write_bytes(other_text.read_bytes())
+    result = run("compare", demo_dense_gguf, "-o", tmp_path / "out", "--text", text, "--file", strange, *TINY,
+                 "--repetitions", 1)
+    assert result.exit_code == 0, result.output
+    assert "Speeds were measured once" in result.stdout
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert "ä &lt;b&gt;" in page and "&lt;i&gt;?.txt" in page and "<b>" not in page and "<i>" not in page
+
+
+@pytest.mark.runtime
+def test_an_interrupt_while_the_report_is_written_is_one_too(
+    demo_dense_gguf: Path, demo_low_rank_gguf: Path, other_text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("compare", demo_dense_gguf, "-o", tmp_path / "out", "--text", other_text,
+                 "--file", demo_low_rank_gguf, *TINY)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skipcat_edge.compare.report.html", interrupt)
+        result = run(*arguments, "--force")
+    assert result.exit_code == 130 and "the same command without --force goes on" in result.stderr
+    assert not list((tmp_path / "out").glob(".*")) and not (tmp_path / "out" / "report.html").exists()
+    assert run(*arguments).exit_code == 0
 
 
 @pytest.mark.runtime

@@ -104,6 +104,18 @@ def test_close_points_have_labels_apart(browser: Any, tmp_path: Path, scheme: st
     look.page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
 
 
+def test_a_phone_shows_letters_that_can_be_read(browser: Any, tmp_path: Path) -> None:
+    look = look_at(browser, crowded(), tmp_path, width=390)
+    look.check(3)
+    heights = look.page.evaluate("[...document.querySelectorAll('figure svg text')].map("
+                                 "text => text.getBoundingClientRect().height)")
+    assert min(heights) > 9
+    # what is scrolled has a name, and can be scrolled without a pointer
+    assert look.page.get_by_role("region").count() == 4
+    look.page.get_by_role("region", name="Decode speed and loss").focus()
+    assert look.page.evaluate("document.activeElement.scrollWidth > document.activeElement.clientWidth")
+
+
 def test_points_on_one_spot_have_labels_apart(browser: Any, tmp_path: Path) -> None:
     files = [figures(Kind.LOW_RANK, "Q4_0", 0.9 - 0.01 * number, 600 + number / 10,
                      0.01 * (1 + number / 1000), 500, 50, spread=0.2) for number in range(14)]

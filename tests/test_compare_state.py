@@ -147,3 +147,41 @@ def test_files_of_each_type(tmp_path: Path) -> None:
     assert names("F16", "Q4_0") == ["dense-F16", "low-rank-F16-0.8", "plain-Q4_0", "feedback-Q4_0",
                                     "low-rank-Q4_0-0.8"]
     assert names("F16", "F32") == ["dense-F32", "plain-F16", "low-rank-F16-0.8", "low-rank-F32-0.8"]
+
+
+def test_given_files_have_labels_of_their_own(tmp_path: Path) -> None:
+    from skipcat_edge.compare.request import distinct_names, short_labels
+
+    folder = tmp_path / "runs"
+    paths = [folder / "a" / "x" / "m.gguf", folder / "b" / "x" / "m.gguf", folder / "n.gguf"]
+    assert distinct_names(paths) == ["a/x/m.gguf", "b/x/m.gguf", "n.gguf"]
+    assert distinct_names([Path("bad\udcff<b>.gguf")]) == ["bad?<b>.gguf"]
+    long = [f"Llama-3.2-1B-Instruct-{type_}-made-with-an-imatrix" for type_ in ("Q4_K_M", "Q5_K_M", "Q5_K_S")]
+    labels = short_labels([*long, "short"])
+    assert len(set(labels)) == 4 and all(len(label) <= 28 for label in labels)
+    assert labels[0].startswith("…4_K") and labels[3] == "short"
+    assert short_labels(["x" * 40, "x" * 41, "", ""])[2:] == ["", ""]
+
+
+def test_a_model_is_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skipcat_edge.compare.job import _model_name
+
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert [_model_name(source) for source in (".", "..", "owner/name", "../deep/")] == [
+        "deep", tmp_path.name, "name", "deep"]
+
+
+def test_the_command_is_shown_without_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    from skipcat_edge.commands.compare import _shown
+
+    monkeypatch.setenv("HOME", "/home/alice")
+    typed = ["/home/alice/My models/x", "--text=/home/alice/t.txt", "-o", "a b", "/srv/home/alice/x"]
+    shown = " ".join(map(_shown, typed))
+    assert shown.count("alice") == 1
+    read = subprocess.run(["sh", "-c", f"printf '%s\\n' {shown}"], capture_output=True, text=True, check=True)
+    assert read.stdout.splitlines() == typed
+    monkeypatch.setenv("HOME", "/")
+    assert _shown("/home/alice/x") == "/home/alice/x"

@@ -107,8 +107,27 @@ def test_nothing_is_worth_having_where_the_reference_is_best() -> None:
     assert "none is better than the reference" in front_sentence(found, SIZE)
 
 
+def test_a_file_no_faster_than_the_reference_is_not_worth_having_for_its_speed() -> None:
+    # the reference loses nothing: even where the losses tie, nothing speaks for the file
+    found = comparison(figures(PLAIN, "Q8_0", 1, 1100, 1e-6, 895, 20.2, loss_se=2e-6, spread=0.05))
+    assert worth_having(found) == "Worth having beside the reference: by size plain Q8_0."
+    assert front_sentence(found, DECODE).endswith(
+        "On the front by noise alone: plain Q8_0 (no better than the F16 reference).")
+    copy = comparison(figures(OTHER, "F16", 1, 2000, 0, 900, 20, label="copy"))
+    assert worth_having(copy).startswith("Worth having: the reference alone")
+
+
+def test_nothing_is_said_to_cost_what_it_does_not() -> None:
+    found = comparison(
+        figures(PLAIN, "Q4_0", 1, 640, 0.03, 700, 55), figures(LOW, "Q4_0", 0.9, 580, 0.01, 600, 60))
+    assert said(found, "No dense file is both as small and as fast as Q4_0 0.9 (loss 0.0100).")
+    large = figures(LOW, "F16", 0.9, 3000, 0.03, 1000, 15)
+    assert not said(comparison(figures(PLAIN, "Q8_0", 1, 3100, 0.02, 500, 50), large), "No dense file")
+
+
 def test_a_machine_that_tells_no_speeds_apart() -> None:
     found = comparison(figures(PLAIN, "Q8_0", 1, 1100, 4e-4, 890, 20.5, spread=0.1))
+    assert "speed" not in worth_having(found)
     assert said(found, "No file's time to first token differs from the reference's")
     assert said(found, "No file's decode speed differs from the reference's")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
@@ -280,6 +281,45 @@ def test_logits_are_kept_for_the_same_file_and_tokens(
     store(file, windows, opened)
     assert [llama.closed for llama in opened] == [1, 1, 1]
     assert not old.exists() and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("damage", ["a byte", "the end", "a sum"])
+def test_damaged_logits_are_computed_again(cache: Path, tmp_path: Path, damage: str,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "all_logits", lambda llama, tokens: np.ones((len(tokens), 3), np.float32))
+    file, opened = tmp_path / "model.gguf", []
+    file.touch()
+    store(file, [[1, 5], [1]], opened)
+    (kept,) = cache.iterdir()
+    content = bytearray(kept.read_bytes())
+    if damage == "the end":
+        del content[-12:]
+    else:
+        content[14 if damage == "a byte" else -1] ^= 1
+    kept.write_bytes(content)
+    found = store(file, [[1, 5], [1]], opened)
+    assert (found([1, 5]) == 1).all() and (found([1]) == 1).all()
+    assert len(opened) == 2 and list(cache.iterdir()) == [kept]
+
+
+@pytest.mark.runtime
+def test_a_cache_that_takes_nothing_is_one_sentence(cache: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    file, opened = tmp_path / "model.gguf", []
+    file.touch()
+    cache.parent.write_text("no folder")
+    with pytest.raises(UserError, match=r"cannot be kept in .*; use --no-cache"):
+        store(file, [[1]], opened)
+    cache.parent.unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reference, "all_logits", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        store(file, [[1]], opened)
+    assert not list(cache.iterdir()) and opened[0].closed == 1
 
 
 @pytest.mark.runtime

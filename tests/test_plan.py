@@ -157,6 +157,23 @@ def candidate(type_: str, ratio: float, *misses: str, tps: float = 100.0) -> Can
     return Candidate(type_, ratio, ratio, MemoryNeed(1, 0, 0, 0, 0), tps, 1.0, 10.0, 9.0, misses)
 
 
+def test_the_smallest_memory_that_is_enough() -> None:
+    """Four fifths of it are for the model."""
+    found = plan("llama-3.2-3b", device="rpi5")
+    sold = load_device("rpi5").memory.ram_bytes
+    for each in found.candidates:
+        assert each.least_ram in sold
+        assert next(size for size in sold if 0.8 * size >= each.memory.peak - 1) == each.least_ram
+    assert len({each.least_ram for each in found.candidates}) > 1
+    table = run("plan", "llama-3.2-3b", "--device", "rpi5", "--max-ram", "4GB").stdout.splitlines()
+    lines = [line.strip() for line in table[2:12] if line and "─" not in line]
+    titles, dense, *_, smallest = (re.split(r"\s{2,}", line) for line in lines)
+    left, least = titles.index("left of 4.0 GB"), titles.index("rpi5 with")
+    peak = found.candidates[-1].memory.peak
+    assert (dense[titles.index("memory") :][1:3], dense[-1]) == (["-", "16 GiB"], "misses memory")
+    assert (smallest[left], smallest[least]) == (f"{(4e9 - peak) / 1e9:.1f} GB", "4 GiB")
+
+
 def test_the_most_bits_that_suit_are_recommended() -> None:
     dense = [candidate("F16", 1), candidate("Q8_0", 1), candidate("Q4_0", 1)]
     best, reason = recommend(dense)

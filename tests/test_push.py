@@ -21,6 +21,7 @@ class FakeHub:
         self.asked: list[tuple[str, Any]] = []
         self.commit: dict[str, bytes] = {}
         self.holds: list[str] = []
+        self.private = False
         self.error: dict[str, Exception] = {}
 
     def _hear(self, name: str, *told: Any) -> None:
@@ -30,6 +31,12 @@ class FakeHub:
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         self._hear("create_repo", repo_id, private, exist_ok)
+
+        self.private = private or self.private
+
+    def repo_info(self, repo_id: str) -> Any:
+        self._hear("repo_info", repo_id)
+        return SimpleNamespace(private=self.private)
 
     def list_repo_files(self, repo_id: str) -> list[str]:
         self._hear("list_repo_files", repo_id)
@@ -94,6 +101,16 @@ def test_a_repository_is_made_only_where_that_was_asked(hub: FakeHub, gguf: Path
     assert hub.asked[0] == ("create_repo", ("me/models", False, True))
 
 
+def test_what_was_to_be_private_does_not_go_into_a_public_repository(
+    hub: FakeHub, gguf: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as the hub does with one that is there
+    monkeypatch.setattr(hub, "create_repo", lambda repo_id, private, exist_ok: None)
+    assert "is public" in refused(hub, "me/models", gguf, "--create", "--private")
+    hub.private = True
+    assert run("push", "me/models", gguf, "--create", "--private").exit_code == 0
+
+
 def test_cards_of_many_files_keep_their_names_below_one_that_lists_them(hub: FakeHub, tmp_path: Path) -> None:
     files = [model(tmp_path, "q8"), model(tmp_path, "q4", base="owner/other", tag="dense")]
     assert run("push", "me/models", *files).exit_code == 0
@@ -126,6 +143,10 @@ def test_a_card_of_other_files_is_replaced_only_by_force(hub: FakeHub, gguf: Pat
     assert "holds big.gguf already" in refused(hub, "me/models", gguf)
     assert run("push", "me/models", gguf, "--force").exit_code == 0
     assert "README.md" in hub.commit
+    hub.commit.clear()
+    hub.holds = ["README.md", "model.safetensors"]  # the source's own
+    assert "README.md of something else" in refused(hub, "me/models", gguf)
+    assert run("push", "me/models", gguf, "--force").exit_code == 0
 
 
 @pytest.mark.parametrize("repository", ["models", "a/b/c", "me/..", "me/mo dels", "-me/models", "me/", ""])
@@ -155,6 +176,11 @@ def test_what_cannot_be_uploaded_is_refused_before_anything(hub: FakeHub, gguf: 
     ("create_repo", status(403), "may not write to me/models"),
     ("create_commit", status(403), "may not write to me/models"),
     ("create_commit", status(500), "500 says the server"),
+    # as huggingface_hub passes on what the hub says of a card, and of a large file
+    ("create_commit", ValueError("Invalid metadata in README.md.\n- \"license\" must be one of [mit]"),
+     '"license" must be one of [mit]'),
+    ("create_commit", ValueError("LFS batch returned errors:\nFile is larger than 50GB"), "larger than 50GB"),
+    ("create_commit", RuntimeError("Data processing error: no space"), "no space"),
     ("create_commit", ConnectionError("no route"), "cannot be reached (no route)"),
     ("create_commit", OfflineModeIsEnabled("offline mode"), "cannot be reached (offline mode)"),
 ])

@@ -8,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from skipcat_converter import rrqr  # noqa: E402
 from skipcat_converter.rrqr import choose_skip_set  # noqa: E402
+from threadpoolctl import threadpool_info, threadpool_limits  # noqa: E402
 
 
 @settings(deadline=None, max_examples=40)
@@ -49,3 +51,18 @@ def test_basis_of_the_row_space_does_not_matter() -> None:
 def test_needs_more_columns_than_rows(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected 0 < r < n"):
         choose_skip_set(torch.ones(shape))
+
+
+def test_small_matrices_have_one_thread_of_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen = []
+    usual = rrqr.lapack.dgeqp3
+    monkeypatch.setattr(rrqr.lapack, "dgeqp3", lambda *a, **k: (seen.append(threads()), usual(*a, **k))[1])
+    A = torch.from_numpy(np.random.default_rng(2).standard_normal((20, 50)))
+    with threadpool_limits(2, "blas"):
+        choose_skip_set(A)
+        monkeypatch.setattr(rrqr, "_ONE_THREAD", A.numel() - 1)
+        choose_skip_set(A)
+        assert seen == [{1}, {2}] and threads() == {2}

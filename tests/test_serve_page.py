@@ -148,13 +148,17 @@ def test_what_a_model_writes_is_text(page: Any) -> None:
 
 def test_a_question_that_is_refused_comes_back(page: Any) -> None:
     question = "a story " * 500
+    send(page, PROMPT)
+    done(page)
+    page.locator("summary").click()
     page.route("**/v1/chat/completions", lambda route: route.fulfill(
         status=200, content_type="text/event-stream",
         body='data: {"error": {"message": "The prompt is long; shorten it."}}\n\n'))
     send(page, question)
     sync_api.expect(page.locator(".bad")).to_have_text("The prompt is long; shorten it.")
+    sync_api.expect(page.locator(".bad")).to_be_in_viewport()
     assert page.locator("#text").input_value() == question.strip()
-    assert page.evaluate("turns.length") == 0
+    assert page.evaluate("turns.length") == 2
 
 
 def test_the_key_is_asked_for_and_kept_for_the_session(browser: Any, demo_low_rank_gguf: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,9 +24,11 @@ TOLERANCE = {"F32": 1e-6, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 8e-3, "Q4_0": 8e-3,
 # The error's norm as a share of the result's, where there are enough numbers for one.
 _NORM = {"F32": 1e-5, "F16": 2e-3}
 _GRAPH_BYTES = 1 << 28
-# Feature of the CPU -> types that ggml keeps repacked there.
-REPACKED = {"AVX2": {"Q4_0", "IQ4_NL", "Q4_K"},
-            "DOTPROD": {"Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}}
+# The feature that a CPU of this kind needs for ggml to repack weights, and their types.
+REPACKING, REPACKED = (
+    ("DOTPROD", ("Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))
+    if platform.machine().lower() in ("aarch64", "arm64") else ("AVX2", ("Q4_0", "IQ4_NL", "Q4_K"))
+)
 
 
 class Fused(Ggml):
@@ -165,21 +168,20 @@ def test_tiny_and_odd_ranks(ggml: Fused, n: int, rank: int, rows: int) -> None:
 @pytest.mark.parametrize(("rows", "planes"), [(2, 2), (12, 3), (14, 2)])
 def test_rows_of_several_matrices(ggml: Fused, type_: str, rows: int, planes: int) -> None:
     check(ggml, Case(type_, 320, 96, rows, threads=3, row_padding=4, planes=planes))
-    if repacks(type_):
+    if type_ in REPACKED and repacks():
         check(ggml, Case(type_, 320, 96, rows, threads=3, repacked=True, planes=planes))
 
 
-def repacks(type_: str) -> bool:
-    features = set(runtime_status().cpu_features)
-    return any(feature in features and type_ in types for feature, types in REPACKED.items())
+def repacks() -> bool:
+    return REPACKING in runtime_status().cpu_features
 
 
-@pytest.mark.parametrize("type_", ["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("type_", REPACKED)
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 7, 31, 128, 512])
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_repacked_weights(ggml: Fused, type_: str, rows: int, threads: int) -> None:
-    if not repacks(type_):
-        pytest.skip(f"this CPU has no kernel for repacked {type_}")
+    if not repacks():
+        pytest.skip(f"this CPU has no {REPACKING}")
     if type_.endswith("K"):
         check(ggml, Case(type_, 768, 256, rows, threads, repacked=True))
         return

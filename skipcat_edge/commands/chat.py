@@ -18,7 +18,7 @@ _HELP = """\
 /clear          forget the conversation
 /system TEXT    tell the model something before all turns, and start anew; without TEXT: nothing
 /exit           leave; so does Ctrl-D
-Ctrl-C stops a reply, or forgets what was typed.
+Ctrl-C stops a reply; before its first word, or while you type, it forgets the message.
 A line that ends in \\ goes on in the next one; all lines between two \""" are one message."""
 
 
@@ -91,6 +91,8 @@ def _answer(conversation: Conversation, message: str) -> None:
         return
     click.echo()
     notes = [str(reply.statistics)]
+    if not reply.statistics.tokens:
+        notes.append("the message is forgotten")
     if reply.dropped:
         turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
         notes.append(f"context full: the oldest {turns} dropped")

@@ -93,7 +93,7 @@ def command(
         files=tuple({path.resolve(): path for path in files}.values()), max_tokens=max_tokens, window=window,
         prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repetitions=repetitions,
         threads=threads or default_threads(),
-        command=shlex.join(["skipcat-edge", "compare", *ctx.meta[_ARGUMENTS]]),
+        command=" ".join(["skipcat-edge compare", *map(_shown, ctx.meta[_ARGUMENTS])]),
     )
     if Path(source).is_file():
         built = {"--calibration": calibration, "--ratios": ratios, "--types": types, "--base": base,
@@ -109,8 +109,6 @@ def command(
             raise UserError("Files are made with a calibration text; pass --calibration FILE, another one "
                             "than --text.")
         read_text(calibration)
-        # SciPy's pivoted QR of small matrices takes ten times as long with threads that wait for each other
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         request = replace(
             common, calibration=calibration, ratios=parse_ratios(_RATIOS if ratios is None else ratios),
             types=parse_types(_TYPES if types is None else types), method=method,
@@ -122,6 +120,18 @@ def command(
 
         request = replace(request, source=resolve_source(source))
     _run(request, force)
+
+
+def _shown(argument: str) -> str:
+    """As a shell reads it, without the name of the user's home, as the report may be passed on."""
+    from skipcat_edge.compare.request import printable
+
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    home = os.environ.get("HOME", "").rstrip("/") + "/"
+    if len(home) > 1 and value.startswith(home):
+        value = f'"$HOME"/{shlex.quote(printable(value.removeprefix(home)))}'
+        return f"{name}{equals}{value}"
+    return shlex.quote(printable(argument))
 
 
 def _of_gguf(request: Request, needless: str | None) -> Request:
@@ -153,10 +163,11 @@ def _run(request: Request, force: bool) -> None:
         raise UserError(f"{request.reference} is what the others are compared with; leave it out of --file.")
     try:
         comparison = run(request, force)
+        page = write_report(comparison, request.folder)
     except KeyboardInterrupt:
-        click.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        which = "the same command without --force" if force else "the same command"
+        click.echo(f"Interrupted; {which} goes on where it stopped.", err=True)
         raise SystemExit(130) from None
-    page = write_report(comparison, request.folder)
     console = stdout_console()
     console.print(terminal_table(comparison))
     console.print()

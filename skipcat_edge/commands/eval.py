@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,7 @@ from skipcat_edge.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rich.progress import Progress
-
-    from skipcat_edge.card import Figure
-    from skipcat_edge.embedding_eval import EmbeddingSimilarity
-    from skipcat_edge.evaluation import Begin, Evaluation
+    from skipcat_edge.evaluation import Evaluation
     from skipcat_edge.task_eval import TaskResult
 
 
@@ -70,88 +65,51 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     metrics and standard errors, and without chat template; with --reference they are run on both. It
     fetches the data of a task when it is first used.
     """
-    from skipcat_edge.session import model_info
-
     if text is None and tasks is None:
         raise UserError("There is nothing to measure on; give --text FILE or --tasks NAMES.")
     if text is None and (samples or max_tokens is not None):
         raise UserError("--samples and --max-tokens are of a text; give one with --text.")
     if tasks is None and (task_path is not None or limit is not None or context is not None):
         raise UserError("--task-path, --limit and --context are of tasks; name some with --tasks.")
-    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    if names == []:
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
         raise UserError("--tasks names no task; give one, for example arc_easy.")
-    values: dict[str, Any] = {}
-    figures: list[Figure] = []
     if card:
         from skipcat_edge import card_figures
 
         card_figures.require_card(file)
-    if model_info(file).embedding:
-        if names is not None or text is None:
-            raise UserError(f"{file} is an embedding model and answers no tasks; use --text and --reference.")
-        if samples:
-            raise UserError(f"{file} is an embedding model and writes no text; leave out --samples.")
-        if reference is None:
-            raise UserError(f"{file} is an embedding model; give its dense GGUF with --reference.")
-        if max_tokens is not None:
-            raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
-        similarity = _similarity(file, reference, text, threads)
-        values = asdict(similarity)
-        if card:
-            figures += card_figures.similarity_figures(similarity, file, text, reference)
-        if not as_json:
-            click.echo(f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
-                       f"over {similarity.lines:,} lines")
-    elif text is not None:
-        found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
-                          samples=samples, sample_tokens=sample_tokens, threads=threads)
-        values = found.to_json()
-        if card:
-            figures += card_figures.evaluation_figures(found, file, text, window, reference)
-        if not as_json:
-            click.echo("\n".join(_sentences(found, window, reference)))
-    if names is not None:
-        results = _tasks(file, names, task_path=task_path, limit=limit, length=context, reference=reference,
-                         threads=threads)
-        values["tasks"] = [result.to_json() for result in results]
-        if card:
-            figures += card_figures.task_figures(results, reference, context)
-        if not as_json:
+    found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
+                      samples=samples, sample_tokens=sample_tokens, tasks=names, task_path=task_path,
+                      limit=limit, context=context, threads=threads)
+    if not as_json:
+        for sentence in _sentences(found, window, reference):
+            click.echo(sentence)
+        if found.tasks:
             if text is not None:
                 click.echo()
-            _print_tasks(results, file, reference)
+            _print_tasks(found.tasks, file, reference)
     if card:
-        written = card_figures.write_figures(file, figures)
-        click.echo(f"the figures are in {written}", err=True)
+        figures = card_figures.figures_of(found, file, text, window, reference, context)
+        click.echo(f"the figures are in {card_figures.write_figures(file, [*figures])}", err=True)
     if as_json:
-        click.echo(json.dumps(values))
+        click.echo(json.dumps(found.to_json()))
 
 
-def _evaluate(file: Path, text: Path, **options: Any) -> Evaluation:
+def _evaluate(file: Path, text: Path | None, **options: Any) -> Evaluation:
     from skipcat_edge.evaluation import evaluate
+    from skipcat_edge.gguf_file import require_gguf
     from skipcat_edge.terminal import new_progress
     from skipcat_edge.text_file import read_text
 
-    content = read_text(text)
+    require_gguf(file)
+    content = None if text is None else read_text(text)
     with new_progress() as progress:
-        return evaluate(file, content, name=str(text), begin=_beginner(progress), **options)
 
+        def begin(title: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(title, total=total)
+            return lambda: progress.advance(task)
 
-def _tasks(file: Path, names: Sequence[str], **options: Any) -> list[TaskResult]:
-    from skipcat_edge.task_eval import measure_tasks
-    from skipcat_edge.terminal import new_progress
-
-    with new_progress() as progress:
-        return measure_tasks(file, names, begin=_beginner(progress), **options)
-
-
-def _beginner(progress: Progress) -> Begin:
-    def begin(title: str, total: int) -> Callable[[], None]:
-        task = progress.add_task(title, total=total)
-        return lambda: progress.advance(task)
-
-    return begin
+        return evaluate(file, content, name=str(text), begin=begin, **options)
 
 
 def _print_tasks(results: Sequence[TaskResult], file: Path, reference: Path | None) -> None:
@@ -170,28 +128,20 @@ def _print_tasks(results: Sequence[TaskResult], file: Path, reference: Path | No
 
 
 def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterator[str]:
-    perplexity, divergence = found.perplexity, found.divergence
-    yield (f"perplexity {perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f} over {perplexity.tokens:,} tokens, "
-           f"windows of {window}")
+    text, divergence, similarity = found.perplexity, found.divergence, found.similarity
+    if similarity is not None:
+        yield (f"mean cosine {similarity.cosine_mean:.4f} ± {similarity.cosine_se:.4f}, lowest "
+               f"{similarity.cosine_min:.4f}, over {similarity.lines:,} lines")
+    if text is not None:
+        yield (f"perplexity {text.ppl:.4f} ± {text.ppl_se:.4f} over {text.tokens:,} tokens, "
+               f"windows of {window}")
     if divergence is not None:
         yield (f"KL divergence from {reference}: {divergence.kl:.6f} ± {divergence.kl_se:.6f} nats per token")
         yield f"top-1 agreement with it: {100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %"
     for sample in found.samples:
         yield ""
         told = (("text", sample.prompt), ("reference", sample.reference), ("model", sample.model))
-        for title, text in told:
-            if text is not None:
-                yield textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{title:<11}",
+        for title, said in told:
+            if said is not None:
+                yield textwrap.fill(" ".join(said.split()), 100, initial_indent=f"{title:<11}",
                                     subsequent_indent=" " * 11)
-
-
-def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:
-    from skipcat_edge.embedding_eval import compare, lines_of, open_pair
-    from skipcat_edge.terminal import new_progress
-    from skipcat_edge.text_file import read_text
-
-    lines = lines_of(read_text(text), name=str(text))
-    model, dense = open_pair(file, reference, threads)
-    with new_progress() as progress:
-        task = progress.add_task("lines", total=len(lines))
-        return compare(model, dense, lines, advance=lambda count: progress.advance(task, count))

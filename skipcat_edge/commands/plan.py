@@ -12,7 +12,7 @@ from skipcat_edge.commands.examples import example
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from skipcat_edge.planner import Candidate, PlanResult
 
@@ -85,10 +85,12 @@ def _print(result: PlanResult) -> None:
     console.print(escape(f"{result.source} on {result.device}: a context of {wishes.context:,} tokens, "
                          f"prompts of {wishes.prompt_tokens:,}{limit}"))
     console.print()
-    table = new_table("type", "ratio", "weights", "second copy", "KV cache", "rest", "memory", "first token",
-                      "prompt tokens/s", "decode tokens/s", "at full context", "", left=1)
+    left = [] if result.max_ram is None else [f"left of {decimal_bytes(result.max_ram)}"]
+    least = [f"{result.device} with"] if _names_sizes(result) else []
+    table = new_table("type", "ratio", "weights", "second copy", "KV cache", "rest", "memory", *left, *least,
+                      "first token", "prompt tokens/s", "decode tokens/s", "at full context", "", left=1)
     for candidate in result.candidates:
-        table.add_row(*_cells(candidate, candidate == result.recommended))
+        table.add_row(*_cells(candidate, result))
     table.columns[-1].justify = "left"
     console.print(table)
     console.print()
@@ -102,18 +104,26 @@ def _print(result: PlanResult) -> None:
             f"--head-quant {best.type} --calibration TEXT"))
 
 
-def _cells(candidate: Candidate, recommended: bool) -> tuple[str, ...]:
+def _names_sizes(result: PlanResult) -> bool:
+    """This machine has the memory that it has."""
+    return result.device != "host" and any(candidate.least_ram for candidate in result.candidates)
+
+
+def _cells(candidate: Candidate, result: PlanResult) -> Iterator[str]:
     from skipcat_edge.terminal import decimal_bytes
 
     def number(value: float | None, digits: int, unit: str = "") -> str:
         return "-" if value is None else f"{value:.{digits}f}{unit}"
 
     memory = candidate.memory
-    note = "recommended" if recommended else ", ".join(f"misses {miss}" for miss in candidate.misses)
-    return (
-        candidate.type, f"{candidate.ratio:g}", decimal_bytes(memory.weights),
-        decimal_bytes(memory.repacked) if memory.repacked else "", decimal_bytes(memory.kv),
-        decimal_bytes(memory.compute + memory.process), decimal_bytes(memory.peak),
-        number(candidate.first_token_s, 2, " s"), number(candidate.prompt_tps, 1),
-        number(candidate.decode_tps, 1), number(candidate.decode_full_tps, 1), note,
-    )
+    yield from (candidate.type, f"{candidate.ratio:g}", decimal_bytes(memory.weights),
+                decimal_bytes(memory.repacked) if memory.repacked else "", decimal_bytes(memory.kv),
+                decimal_bytes(memory.compute + memory.process), decimal_bytes(memory.peak))
+    if result.max_ram is not None:
+        yield "-" if memory.peak > result.max_ram else decimal_bytes(result.max_ram - memory.peak)
+    if _names_sizes(result):
+        yield "-" if candidate.least_ram is None else f"{candidate.least_ram / 2**30:g} GiB"
+    yield from (number(candidate.first_token_s, 2, " s"), number(candidate.prompt_tps, 1),
+                number(candidate.decode_tps, 1), number(candidate.decode_full_tps, 1))
+    misses = ", ".join(f"misses {miss}" for miss in candidate.misses)
+    yield "recommended" if candidate == result.recommended else misses

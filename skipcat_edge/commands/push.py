@@ -18,7 +18,7 @@ from skipcat_edge.errors import UserError
 @click.option("--private", is_flag=True, help="A repository that --create makes is seen by its owner only.")
 @click.option("--message", help="Of the commit.  [default: the files' names]")
 @click.option("--force", is_flag=True,
-              help="Replace the README.md of a repository that holds other GGUF files.")
+              help="Replace the README.md of a repository that holds other files.")
 def command(repository: str, files: tuple[Path, ...], create: bool, private: bool, message: str | None,
             force: bool) -> None:
     """Upload each FILE and its model card to REPO, owner/name, on the Hugging Face hub, in one commit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from skipcat_edge.errors import UserError
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               help="0 takes any free one.")
 @click.option("--api-key", envvar="SKIPCAT_API_KEY", show_envvar=True,
-              help="Key that clients must send.")
+              help="Key that clients must send; given here, other users of this machine see it.")
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(min=64),
               help="Tokens of a whole conversation, never more than the model was trained for.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
@@ -47,6 +48,9 @@ def command(file: Path, host: str, port: int, api_key: str | None, context: int,
     if not is_loopback(host) and not api_key:
         raise UserError(f"{host} can be reached by other machines; give an API key with --api-key or "
                         "SKIPCAT_API_KEY.")
+    if api_key and not re.fullmatch("[!-~]+", api_key):
+        raise UserError("The API key has spaces or characters that are not ASCII, which clients cannot send; "
+                        "choose another one.")
     context = min(context, info.context_length or context)
     with listen(host, port) as listener:
         engine = Engine(open_served(file, info, context, threads))

@@ -9,7 +9,7 @@ from typing import Any
 from skipcat_edge import text_file
 from skipcat_edge.compare.progress import Step
 from skipcat_edge.compare.request import Request
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import NotFiniteError, UserError
 
 
 def read_text(path: Path) -> str:
@@ -28,12 +28,25 @@ class Evaluator:
         self._reference: _KeptEmbeddings | None = None
 
     def __call__(self, path: Path, step: Step) -> dict[str, Any]:
-        """`loss` with `loss_se`, and what else is measured of the kind of model."""
+        """`loss` with `loss_se`, and what else is measured of the kind of model; `impossible` and why where a
+        file computes no numbers, which is no reason to lose what the others are worth.
+
+        Raises UserError as `evaluate` and `open_pair`, and where the reference computes none.
+        """
         from skipcat_edge.session import model_info
 
-        if model_info(self._request.reference).embedding:
-            return self._embedding(path, step)
-        return self._generative(path, step)
+        reference = self._request.reference
+        embeds = model_info(reference).embedding
+        if model_info(path).embedding != embeds:
+            kinds = ("predicts tokens", "is an embedding model")
+            raise UserError(f"{path} {kinds[not embeds]}, but {reference} {kinds[embeds]}; leave it out of "
+                            "--file.")
+        try:
+            return self._embedding(path, step) if embeds else self._generative(path, step)
+        except NotFiniteError as error:
+            if path == reference:
+                raise
+            return {"impossible": error.message}
 
     def _generative(self, path: Path, step: Step) -> dict[str, Any]:
         from skipcat_edge.evaluation import evaluate
@@ -44,6 +57,7 @@ class Evaluator:
             path, read_text(request.text), name=str(request.text), window=request.window,
             max_tokens=request.max_tokens, reference=None if is_reference else request.reference,
             threads=request.threads, begin=_last_of(step, 1 if is_reference else 2))
+        assert found.perplexity is not None  # it is no embedding model
         result = {"ppl": found.perplexity.ppl, "ppl_se": found.perplexity.ppl_se,
                   "tokens": found.perplexity.tokens, "loss": 0.0, "loss_se": 0.0, "top1": 1.0}
         if found.divergence is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from skipcat_edge.compare.figures import Kind
 from skipcat_edge.errors import UserError
+
+_LABEL_LETTERS = 28
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class Entry:
     type: str
     ratio: float = 1.0
     given: bool = field(default=False)
+    shown: str = ""
+    """A name for tables that no other given file has; by default the path's."""
+
+    @property
+    def name(self) -> str:
+        return self.shown or self.path.name
 
     @property
     def calibrated(self) -> bool:
@@ -107,22 +118,55 @@ def _given(request: Request) -> list[Entry]:
     from skipcat_edge.inspection import inspect
 
     found = []
-    labels: Counter[str] = Counter(path.stem for path in request.files)
-    for path in request.files:
+    names = distinct_names(request.files)
+    for path, name, label in zip(request.files, names, short_labels([*map(_stem, names)]), strict=True):
         inspection = inspect(path)
         types = Counter(layer.type for layer in inspection.dense_layers)
         for owner in inspection.owners:
             types.update(member.type.name for member in owner.members)
-        stem = path.stem if labels[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
         found.append(Entry(
-            path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, shortened(stem),
-            types.most_common(1)[0][0] if types else "-", inspection.totals.ratio, given=True))
+            path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, label,
+            types.most_common(1)[0][0] if types else "-", inspection.totals.ratio, given=True, shown=name))
     return found
 
 
-def shortened(text: str, letters: int = 28) -> str:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names, after as many of their folders as tell those of one name apart."""
+    alike: dict[str, list[Path]] = {}
+    for path in paths:
+        alike.setdefault(path.name, []).append(path.absolute())
+    shared = {name: os.path.commonpath([path.parent for path in found]) for name, found in alike.items()}
+    return [printable(os.path.relpath(path, shared[path.name]) if len(alike[path.name]) > 1 else path.name)
+            for path in paths]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gguf")
+
+
+def short_labels(names: Sequence[str], letters: int = _LABEL_LETTERS) -> list[str]:
+    """`names` shortened. Where different ones would read alike, the beginning that they share goes first."""
+    labels = [shortened(name, letters) for name in names]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        alike = [index for index, other in enumerate(labels) if other == label]
+        whole = [names[index] for index in alike]
+        same = takewhile(lambda each: len({*each}) == 1, zip(*whole, strict=False))
+        shared = min(len([*same]), *(len(name) - 1 for name in whole))
+        if shared > 0:
+            rests = short_labels([name[shared:] for name in whole], letters - 1)
+            for index, rest in zip(alike, rests, strict=True):
+                labels[index] = f"…{rest}"
+    return labels
+
+
+def printable(text: str) -> str:
+    """`text` with ? for what no page can show, such as bytes of a file name that are no UTF-8."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def shortened(text: str, letters: int = _LABEL_LETTERS) -> str:
     """`text` as one printable line of at most `letters`, its middle left out where it is longer."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    line = printable(text)
     if len(line) <= letters:
         return line
     return f"{line[: letters // 2]}…{line[len(line) - (letters - letters // 2 - 1):]}"

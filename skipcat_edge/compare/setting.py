@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcat_edge.bench_rows import Row
-from skipcat_edge.compare.request import Request
+from skipcat_edge.compare.request import Request, printable
 from skipcat_edge.compare.state import sha256
 
 _STEADY = 0.9  # of the first repetition's speed, as `bench` reports it
@@ -41,20 +41,26 @@ def setting_of(request: Request, row: Row, quality: Mapping[str, Any],
 
 
 def _text(path: Path) -> str:
-    return f"{path.name} (SHA-256 {sha256(path)[:12]}…)"
+    return f"{printable(path.name)} (SHA-256 {sha256(path)[:12]}…)"
 
 
-def notes_of(request: Request, impossible: Mapping[str, str], rows: Mapping[Path, Row]) -> Iterator[str]:
-    """Files that cannot be had, and what makes figures worse or better than they should be."""
+def notes_of(request: Request, impossible: Mapping[str, str], left_out: Mapping[str, str],
+             rows: Mapping[Path, Row]) -> Iterator[str]:
+    """Files that cannot be had or measured, and what makes figures worse or better than they should be."""
     for name, reason in impossible.items():
         yield f"There is no {name}: {reason.rstrip('.')}."
+    for name, reason in left_out.items():
+        yield f"{name} is left out: {reason.rstrip('.')}."
     if request.calibration is not None and sha256(request.calibration) == sha256(request.text):
         yield ("The files are measured on the text that they were calibrated with, which flatters all but "
                "plain quantisation; give another --text.")
+    if request.repetitions == 1:
+        yield ("Speeds were measured once, so their noise is not known and each difference counts; give more "
+               "--repetitions.")
     for path, row in rows.items():
         if row["steadiness"] < _STEADY:
-            yield (f"{path.name}: {1 - row['steadiness']:.0%} slower in the last repetition than in the "
-                   "first; the machine may throttle or be busy.")
+            yield (f"{printable(path.name)}: {1 - row['steadiness']:.0%} slower in the last repetition than "
+                   "in the first; the machine may throttle or be busy.")
     first = next(iter(rows.values()))
     if first["throttled"]:
         yield (f"The machine slowed itself down ({', '.join(first['throttled'])}): the speeds are too low.")

@@ -50,8 +50,8 @@ def front_sentence(comparison: Comparison, axis: Axis) -> str:
     else:
         parts.append(f"By {axis.words}: no file but the reference is on the front by more than noise.")
     if noisy:
-        rivals = {each.name: ahead_by_noise(axis, each, comparison.files) for each in noisy}
-        shown = (f"{name} (no better than {rival.name})" for name, rival in rivals.items() if rival)
+        shown = (f"{each.name} (no better than {rival.name})" for each in noisy
+                 if (rival := _ahead(comparison, axis, each)))
         parts.append(f"On the front by noise alone: {listed([*shown])}.")
     return " ".join(parts)
 
@@ -62,7 +62,15 @@ def _first_word(axis: Axis) -> str:
 
 def _clearly_on(comparison: Comparison, axis: Axis) -> list[Figures]:
     return [each for each in comparison.front(axis)
-            if each.kind is not Kind.REFERENCE and ahead_by_noise(axis, each, comparison.files) is None]
+            if each.kind is not Kind.REFERENCE and _ahead(comparison, axis, each) is None]
+
+
+def _ahead(comparison: Comparison, axis: Axis, each: Figures) -> Figures | None:
+    """What makes `each` not worth having by `axis`: the reference, which loses nothing, where it is no worse
+    there, or `ahead_by_noise`."""
+    if axis.better(each, comparison.reference) <= 0:
+        return comparison.reference
+    return ahead_by_noise(axis, each, comparison.files)
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
@@ -140,10 +148,11 @@ def _low_rank_wins(comparison: Comparison, low: Sequence[Figures]) -> Iterator[s
     if wins:
         pairs = "; ".join(f"{label} beats {listed(names)}" for label, names in wins.items())
         yield f"Low rank is the better choice in bytes, time and loss together: {pairs}."
-    alone = [each for each in low if dense and not any(_as_small_and_fast(rival, each) for rival in dense)]
+    alone = [each for each in low if dense and not any(
+        _as_small_and_fast(rival, each) for rival in (comparison.reference, *dense))]
     if alone:
-        yield (f"No dense file is both as small and as fast as {listed([each.label for each in alone])}; "
-               "what that costs is their loss.")
+        shown = [f"{each.label} (loss {number(each.loss)})" for each in alone]
+        yield f"No dense file is both as small and as fast as {listed(shown)}."
 
 
 def _as_small_and_fast(rival: Figures, low: Figures) -> bool:

@@ -9,6 +9,6 @@ and the answers themselves. Its llama_cpp.server.app is not used, because there
 - a slow reader of a stream keeps the model from everybody else;
 - what an earlier request left in the cache is used although it was computed in other batches, so that
   what one client gets depends in the last bits on what others asked;
-- a grammar that does not parse ends the process;
+- a grammar that does not parse, is nested too deep or allows no token ends the process;
 - every web page may use the server, whatever its origin.
 """

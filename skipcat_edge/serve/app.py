@@ -11,13 +11,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from skipcat_edge.generation import encode
 from skipcat_edge.serve.engine import Answer, Engine, Work
-from skipcat_edge.serve.errors import RequestError
-from skipcat_edge.serve.prompt import require_room
+from skipcat_edge.serve.errors import JSON, RequestError
+from skipcat_edge.serve.prompt import encode_short, require_room
 from skipcat_edge.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -46,12 +45,12 @@ def create_app(engine: Engine, names: Sequence[str], *, embedding: bool, context
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSON({"status": "ok"})
 
     @app.get("/v1/models")
     async def models() -> Response:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "skipcat-edge"} for name in names]
-        return JSONResponse({"object": "list", "data": data})
+        return JSON({"object": "list", "data": data})
 
     if embedding:
         _add_embeddings(app, engine, names)
@@ -72,6 +71,7 @@ def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
         def work() -> Iterator[dict[str, Any]]:
             encoded = [text.encode("utf-8", errors="replace") for text in texts]
             for number, text in enumerate(encoded, start=1):
+                engine.require_wanted()
                 count = len(llama.tokenize(text))
                 if count > llama.n_batch:  # llama_cpp would cut it without a word
                     raise RequestError(400, f"Text {number} has {count} tokens, but the context holds "
@@ -110,7 +110,7 @@ def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context
 
         def begin() -> Any:
             # As tokens, because from a text llama_cpp would make others where it begins with BOS.
-            tokens = encode(llama, text)
+            tokens = encode_short(llama, text, context)
             require_room(tokens, context)
             return llama.create_completion(tokens, **options)
 
@@ -124,13 +124,16 @@ def _name(wanted: str | None, names: Sequence[str]) -> str:
 
 def _generation(engine: Engine, body: ChatRequest | CompletionRequest, begin: Callable[[], Any]) -> Work:
     def work() -> Iterator[dict[str, Any]]:
+        engine.most_tokens = body.max_tokens
         answer = begin()
-        if not body.stream:
-            yield answer
-            return
         chunk: dict[str, Any] = {}
-        for chunk in answer:
+        for chunk in answer if body.stream else (answer,):
+            for choice in chunk["choices"]:
+                if choice["finish_reason"]:
+                    choice["finish_reason"] = engine.finish_reason(choice["finish_reason"])
             yield chunk
+        if not body.stream:
+            return
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**chunk, "choices": [], "usage": engine.usage.body()}
 
@@ -154,7 +157,7 @@ async def _respond(request: Request, engine: Engine, work: Work, *, stream: bool
         return StreamingResponse(_events(answer, first, watch), media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store"})
     watch.cancel()
-    return JSONResponse(first)
+    return JSON(first)
 
 
 async def _leave_with_client(request: Request, answer: Answer) -> None:
@@ -183,7 +186,7 @@ def _event(item: dict[str, Any]) -> str:
 
 async def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return JSONResponse(error.body(), error.status)
+    return JSON(error.body(), error.status)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -193,10 +196,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     message = f"The request is not valid: {where + ': ' if where else ''}{problem['msg']}."
     if "json" not in request.headers.get("content-type", ""):
         message = "The request is not JSON; send it with `Content-Type: application/json`."
-    return JSONResponse(RequestError(400, message).body(), 400)
+    return JSON(RequestError(400, message).body(), 400)
 
 
 async def _no_such_address(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}; this server has /v1/models and what its model can answer below /v1."
-    return JSONResponse(RequestError(error.status_code, message).body(), error.status_code)
+    if error.status_code == 400:  # the body is not UTF-8, or nested too deep
+        message = "The request's JSON cannot be read; send valid JSON in UTF-8."
+    return JSON(RequestError(error.status_code, message).body(), error.status_code)

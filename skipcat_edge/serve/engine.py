@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from skipcat_edge.serve.errors import RequestError, request_error
+from skipcat_edge.serve.grammar import require_sound_grammar, sample_by_grammar
 from skipcat_edge.session import import_llama_cpp
 
 Work = Callable[[], Iterator[dict[str, Any]]]
@@ -81,9 +82,13 @@ class Engine:
         self.llama = llama
         self.usage = Usage()
         """Of the answer that runs; read it in the work itself."""
+        self.most_tokens: int | None = None
+        """Of the answer that runs; the work itself sets it."""
+        self._full = self._overrun = False
         self._prompt: list[int] = []
-        self._eval, self._generate = llama.eval, llama.generate
-        llama.eval, llama.generate = self._eval_while_wanted, self._generate_afresh
+        self._decode, self._generate, self._sample = llama._ctx.decode, llama.generate, llama.sample
+        llama._ctx.decode, llama.generate = self._decode_while_wanted, self._generate_afresh
+        llama.sample = self._sample_safely
         self._answers: SimpleQueue[Answer | None] = SimpleQueue()
         self._running: Answer | None = None
         self._stopping = False
@@ -124,7 +129,7 @@ class Engine:
 
     def _answer(self, answer: Answer) -> None:
         try:
-            self._require_wanted()
+            self.require_wanted()
             for item in answer.work():
                 answer.put(item)
             answer.put(_END)
@@ -133,18 +138,17 @@ class Engine:
         except Exception as error:
             answer.put(error)
 
-    def _require_wanted(self) -> None:
+    def require_wanted(self) -> None:
+        """Raise where the answer that runs is not wanted any more."""
         if self._stopping:
             raise RequestError(503, "The server is being stopped; ask again later.")
         if self._running is not None and self._running.gone:
             raise _GoneError
 
-    def _eval_while_wanted(self, tokens: Sequence[int]) -> None:
-        """Llama.eval, which comes before each token and for each batch of a prompt."""
-        step = self.llama.n_batch
-        for start in range(0, max(1, len(tokens)), step):
-            self._require_wanted()
-            self._eval(tokens[start:start + step])
+    def _decode_while_wanted(self, batch: Any) -> None:
+        """What Llama calls for each token, for each batch of a prompt, and for each of texts to embed."""
+        self.require_wanted()
+        self._decode(batch)
 
     def _generate_afresh(self, tokens: Sequence[int], **options: Any) -> Iterator[int]:
         """Llama.generate, with the same tokens whatever was computed before.
@@ -154,25 +158,33 @@ class Engine:
         computed token by token, with other rounding.
         """
         llama = self.llama
-        _require_sound_grammar(llama, options.get("grammar"))
+        if options.get("grammar") is not None:
+            require_sound_grammar(llama, options["grammar"])
         same = llama.longest_token_prefix(self._prompt, tokens)
         llama.n_tokens = min(same, llama.n_tokens, len(tokens) - 1) // llama.n_batch * llama.n_batch
         self._prompt = list(tokens)
-        self.usage = Usage(len(tokens))
+        self.usage, self._full, self._overrun = Usage(len(tokens)), False, False
+        room = llama._n_ctx - len(tokens)
+        limit = min(self.most_tokens or room, room)
         llama_cpp = import_llama_cpp()
         vocab = llama_cpp.llama_model_get_vocab(llama.model)
         for token in self._generate(tokens, **options):
-            self.usage.completion += not llama_cpp.llama_vocab_is_eog(vocab, token)
+            ends = llama_cpp.llama_vocab_is_eog(vocab, token)
+            self.usage.completion += not ends
+            self._full = not ends and self.usage.completion >= limit
             yield token
+            if self._full and (end := llama_cpp.llama_vocab_eos(vocab)) >= 0:
+                # llama_cpp asks on for the rest of a character, even past the end of the context.
+                self._overrun = True
+                yield end
+                return
 
+    def finish_reason(self, said: str) -> str:
+        """Why the answer ended: what llama_cpp `said`, except where it was not told or forgets it."""
+        cut = self._overrun if said == "stop" else self._full and said == "tool_calls"
+        return "length" if cut else said
 
-def _require_sound_grammar(llama: Any, grammar: Any) -> None:
-    """Raise RequestError if llama.cpp cannot parse `grammar`; it would follow a null pointer."""
-    if grammar is None:
-        return
-    llama_cpp = import_llama_cpp()
-    vocab = llama_cpp.llama_model_get_vocab(llama.model)
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
-    if not sampler:
-        raise RequestError(400, "The grammar does not parse; see llama.cpp's GBNF guide.")
-    llama_cpp.llama_sampler_free(sampler)
+    def _sample_safely(self, **options: Any) -> int:
+        """Llama.sample, which ends the process where a grammar allows no token."""
+        return int(self._sample(**options) if options.get("grammar") is None
+                   else sample_by_grammar(self.llama))

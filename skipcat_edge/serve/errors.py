@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from skipcat_edge.errors import UserError, first_line
 from skipcat_edge.session import decode_error
+
+
+class JSON(JSONResponse):
+    """An answer in ASCII: half a surrogate pair, which a request may hold, is not UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class RequestError(Exception):

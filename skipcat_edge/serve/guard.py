@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hmac
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
-from skipcat_edge.serve.errors import RequestError
+from skipcat_edge.serve.errors import JSON, RequestError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,7 +27,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)):
             headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
-            await JSONResponse(refusal.body(), refusal.status, headers)(scope, receive, send)
+            await JSON(refusal.body(), refusal.status, headers)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -41,7 +39,7 @@ class Guard:
             return RequestError(421, "This server answers only to its own address; it was started without "
                                      "another --host.")
         # A page of another site, whose requests a browser sends without asking.
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return RequestError(403, "Pages of other origins may not use this server.")
         if scope["path"].startswith("/v1/") and self._authorization is not None and not hmac.compare_digest(
             headers.get("authorization", "").encode("latin-1"), self._authorization
@@ -49,7 +47,7 @@ class Guard:
             return RequestError(401, "The API key is missing or wrong; send `Authorization: Bearer KEY`.")
         if scope["method"] == "POST":
             length = headers.get("content-length")
-            if length is None:
+            if length is None or "transfer-encoding" in headers:  # h11 believes the latter
                 return RequestError(411, "The request does not say how long it is; send Content-Length.")
             if int(length) > _LARGEST_BODY:  # h11 has seen that it is a number
                 return RequestError(413, f"The request is longer than {_LARGEST_BODY} bytes; shorten it.")

@@ -34,12 +34,25 @@ def use_own_prompts(llama: Any, context: int) -> None:
                 message = f"The file's chat template refuses these messages: {error}."
                 raise RequestError(400, message) from None
         text = text.encode("utf-8", errors="replace").decode()
-        require_room(encode(llama, text), context)
+        require_room(encode_short(llama, text, context), context)
         return ChatFormatterResponse(prompt=text)
 
     llama.chat_handler = chat_formatter_to_chat_completion_handler(prompt)
     llama.tokenizer_ = _tokenizer(llama)
     llama._n_ctx = context  # the model's own limit, where llama.cpp rounds the context up
+
+
+def encode_short(llama: Any, text: str, context: int) -> list[int]:
+    """Tokens of `text`. Raises RequestError at once where it is too long for `context`, however they are.
+
+    Tokens of megabytes take seconds, in which nobody else gets an answer.
+    """
+    size = len(text.encode("utf-8", errors="replace"))
+    least = size // llama.tokenizer_.longest
+    if least >= context:
+        raise RequestError(400, f"The prompt has {least} tokens at least, but the context holds {context}; "
+                                "shorten it.")
+    return encode(llama, text)
 
 
 def require_room(tokens: Sequence[int], context: int) -> None:
@@ -74,11 +87,14 @@ def _tokenizer(llama: Any) -> Any:
     from llama_cpp.llama_tokenizer import LlamaTokenizer
 
     llama_cpp = import_llama_cpp()
-    bos = llama_cpp.llama_vocab_bos(llama_cpp.llama_model_get_vocab(llama.model))
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    bos = llama_cpp.llama_vocab_bos(vocab)
     pieces: dict[int, bytes] = {}
 
     class Tokenizer(LlamaTokenizer):  # type: ignore[misc]
         """Adds BOS only where it is wanted and missing, and keeps every piece whole."""
+
+        longest = max(len(llama_cpp.llama_vocab_get_text(vocab, token)) for token in range(llama.n_vocab()))
 
         def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
             if add_bos:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import Any, Literal
 
@@ -11,14 +10,16 @@ from llama_cpp.server.types import (
     CreateCompletionRequest,
     CreateEmbeddingRequest,
 )
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from skipcat_edge.serve.errors import RequestError
+from skipcat_edge.serve.grammar import schema_grammar
 
 # A penalty that the client did not ask for would change greedy answers; llama_cpp's is 1.1.
 _REPEAT_PENALTY = Field(1.0, gt=0, le=100)
 # Not a number, or a negative one, reaches llama.cpp unchecked otherwise.
 _TEMPERATURE = Field(0.8, ge=0, le=100)
+_LARGEST_BIAS = 100
 
 
 class StreamOptions(BaseModel):
@@ -41,23 +42,35 @@ class Message(BaseModel):
         return self.model_dump(exclude_unset=True) | {"role": role, "content": self.content or ""}
 
 
-class ChatRequest(CreateChatCompletionRequest):  # type: ignore[misc]
+class _Generation(BaseModel):
+    """What requests for text have in common."""
+
+    temperature: float = _TEMPERATURE
+    repeat_penalty: float = _REPEAT_PENALTY
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, data: Any) -> Any:
+        """In OpenAI's API null stands for what is not given."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class ChatRequest(_Generation, CreateChatCompletionRequest):  # type: ignore[misc]
     """A chat's next message is wanted."""
 
     messages: list[Message]
-    temperature: float = _TEMPERATURE
-    repeat_penalty: float = _REPEAT_PENALTY
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     """OpenAI's newer name of max_tokens."""
-    stream_options: StreamOptions | None = None
 
 
-class CompletionRequest(CreateCompletionRequest):  # type: ignore[misc]
+class CompletionRequest(_Generation, CreateCompletionRequest):  # type: ignore[misc]
     """The continuation of a text is wanted."""
 
-    temperature: float = _TEMPERATURE
-    repeat_penalty: float = _REPEAT_PENALTY
-    stream_options: StreamOptions | None = None
+    max_tokens: int = Field(16, ge=1)
 
 
 class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
@@ -81,8 +94,26 @@ def chat_options(request: ChatRequest, vocabulary: int) -> dict[str, Any]:
         request.max_tokens = request.max_completion_tokens
     options = _common_options(request, vocabulary)
     options.update(request.model_dump(include=set(_CHAT)))
+    if request.response_format and "schema" in request.response_format:
+        options |= {"response_format": None, "grammar": schema_grammar(request.response_format["schema"])}
+    _require_known_tool(request)
     options["messages"] = [message.for_template() for message in request.messages]
     return options
+
+
+def _require_known_tool(request: ChatRequest) -> None:
+    """Raise RequestError if `request` insists on a tool that cannot be called; llama_cpp would write text."""
+    choice = request.tool_choice or request.function_call
+    if choice == "required":
+        raise RequestError(400, "This server calls a tool only where tool_choice names it.")
+    if not isinstance(choice, dict):
+        return
+    name = choice.get("function", choice)["name"]
+    tools = [tool["function"] for tool in request.tools or []] + (request.functions or [])
+    tool = next((tool for tool in tools if tool["name"] == name), None)
+    if tool is None:
+        raise RequestError(400, f"tool_choice names {name}, which is not among the tools.")
+    schema_grammar(tool["parameters"])
 
 
 def completion_options(request: CompletionRequest, vocabulary: int) -> dict[str, Any]:
@@ -106,7 +137,7 @@ def text_of(request: CompletionRequest) -> str:
 def _common_options(request: ChatRequest | CompletionRequest, vocabulary: int) -> dict[str, Any]:
     if (request.n or 1) > 1:
         raise RequestError(400, "This server gives one answer to a request; leave n out.")
-    if request.logprobs:
+    if request.logprobs is not None and request.logprobs is not False:
         raise RequestError(400, "This server gives no logprobs; leave them out.")
     if request.min_tokens:
         raise RequestError(400, "This server does not know min_tokens; leave it out.")
@@ -135,6 +166,8 @@ def _logit_bias(request: ChatRequest | CompletionRequest, vocabulary: int) -> di
     if request.logit_bias_type == "tokens":
         raise RequestError(400, "This server takes logit_bias by token id only.")
     for token, bias in request.logit_bias.items():
-        if not (token.isdecimal() and int(token) < vocabulary and math.isfinite(bias)):
-            raise RequestError(400, f"logit_bias has {token}: {bias}; ids are below {vocabulary}.")
+        known = token.isdecimal() and len(token) < 10 and int(token) < vocabulary
+        if not (known and abs(bias) <= _LARGEST_BIAS):
+            raise RequestError(400, f"logit_bias has {token}: {bias}; ids are below {vocabulary}, and biases "
+                                    f"from -{_LARGEST_BIAS} to {_LARGEST_BIAS}.")
     return dict(request.logit_bias)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -39,9 +41,10 @@ def listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise UserError(f"Cannot listen at {host}, port {port}: {error.strerror or error}; "
-                        "choose another --port or --host.") from None
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name of a host
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot listen at {host}, port {port}: {reason}; choose another --port or "
+                        "--host.") from None
     return listener
 
 
@@ -69,8 +72,16 @@ class _Server(uvicorn.Server):
 
 def configuration(app: ASGIApp) -> uvicorn.Config:
     """uvicorn's settings: quiet, and in pure Python, which needs no compiler anywhere."""
-    return uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
-                          access_log=False, server_header=False, timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
+    config = uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
+                            access_log=False, server_header=False,
+                            timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    return config
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Not a traceback of a request that was still going on when the server ended."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def run(app: ASGIApp, engine: Engine, listener: socket.socket, ready: Callable[[], None]) -> None:
