@@ -90,6 +90,10 @@ class Context:
         pointer = self.api.llama_get_embeddings_seq(self.ctx, 0)
         return np.ctypeslib.as_array(pointer, (self.api.llama_model_n_embd(self.model),)).copy()
 
+    def reused_graphs(self) -> int:
+        """How many decodes used the graph of the one before."""
+        return int(self.api.llama_perf_context(self.ctx).n_reused)
+
     def _run(self, function: Any, tokens: Sequence[tuple[int, int, int]]) -> None:
         batch = self.api.llama_batch_init(len(tokens), 0, 1)
         try:

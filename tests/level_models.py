@@ -173,9 +173,9 @@ def bert_base() -> GGUF:
     file.set(fmt.KEY_ARCHITECTURE, "bert")
     file.set("tokenizer.ggml.model", "no_vocab")
     integers = {
-        "bert.vocab_size": 288, "bert.block_count": 1, "bert.context_length": 128, "bert.embedding_length": 64,
-        "bert.feed_forward_length": 160, "bert.attention.head_count": 4, "bert.pooling_type": 1,
-        "tokenizer.ggml.token_type_count": 1,
+        "bert.vocab_size": 288, "bert.block_count": 1, "bert.context_length": 128,
+        "bert.embedding_length": 64, "bert.feed_forward_length": 160, "bert.attention.head_count": 4,
+        "bert.pooling_type": 1, "tokenizer.ggml.token_type_count": 1,
     }  # fmt: skip
     for name, integer in integers.items():
         file.set(name, integer, GGUFValueType.UINT32)

@@ -19,9 +19,9 @@ from level_models import (
     SIZES,
     STAGES,
     LevelFiles,
+    Stage,
     add_levels,
     bert_base,
-    set_levels,
     small_base,
 )
 
@@ -130,7 +130,7 @@ def test_threads_change_no_bit(type_: str, files: Callable[[str], LevelFiles]) -
 Script = Sequence[tuple[int, int]]
 """(level, tokens to decode at once), in turn."""
 SCRIPTS: dict[str, Script] = {
-    "prompt at the full level, then down and up": ((2, 20), (1, 1), (1, 1), (0, 1), (0, 1), (1, 1), (2, 1), (2, 1)),
+    "prompt at the full level, then down and up": ((2, 20), *((level, 1) for level in (1, 1, 0, 0, 1, 2, 2))),
     "another level at each token": ((0, 9), *((i % 3, 1) for i in range(12))),
     "prompts at all levels": ((1, 12), (2, 12), (0, 12), (0, 1), (2, 1), (1, 1)),
 }
@@ -189,6 +189,18 @@ def test_switching_is_a_fresh_context_at_each_token(script: Script, files: Calla
         np.testing.assert_array_equal(part, found[: len(part)])
 
 
+def test_a_graph_is_used_again_at_its_own_level_only(files: Callable[[str], LevelFiles]) -> None:
+    with Context(files("F16").path) as context:
+        context.decode(TOKENS[:5], 0)
+        reused = []
+        for position, level in enumerate((2, 2, 2, 0, 0, 1, 1, 2), 5):
+            context.level = level
+            before = context.reused_graphs()
+            context.decode(TOKENS[position : position + 1], position)
+            reused.append(context.reused_graphs() - before)
+    assert reused == [0, 1, 1, 0, 1, 0, 1, 0]
+
+
 def test_sequences_and_context_shift(files: Callable[[str], LevelFiles]) -> None:
     """Two sequences of one context, one of them shifted, as two contexts with one each."""
 
@@ -199,7 +211,8 @@ def test_sequences_and_context_shift(files: Callable[[str], LevelFiles]) -> None
     first, second = TOKENS[:20], TOKENS[20:40]
     with Context(files("F32").path, sequences=2) as both:
         both.level = 0
-        both.decode_all([(token, i, s) for s, part in enumerate((first, second)) for i, token in enumerate(part)])
+        both.decode_all([(token, i, sequence) for sequence, part in enumerate((first, second))
+                         for i, token in enumerate(part)])
         both.level = 1
         shift(both, 1)
         found = [both.decode_all([(TOKENS[40], 20, 0), (TOKENS[41], 12, 1)])]
@@ -229,9 +242,9 @@ def test_embeddings(tmp_path: Path) -> None:
             expected.append(context.embed(TOKENS))
     assert relative_error(expected[0], expected[1]) > 0.1
     with Context(files.path, embedding=True) as context:
-        for level, tokens in ((1, 48), (0, 48), (1, 48), (0, 48)):
+        for level in (1, 0, 1, 0):
             context.level = level
-            assert relative_error(context.embed(TOKENS[:tokens]), expected[level]) < TOLERANCE["F32"]
+            assert relative_error(context.embed(TOKENS), expected[level]) < TOLERANCE["F32"]
 
 
 @pytest.fixture
@@ -295,24 +308,11 @@ def test_a_level_leaves_other_contexts_alone(files: Callable[[str], LevelFiles])
 def test_eight_levels(tmp_path: Path) -> None:
     levels = [0.1 * place for place in range(1, 9)]
     base = small_base(tmp_path)
-    from level_models import Stage
-
     steps = {1: tuple(Stage("ffn_down", ("ffn_down",), place, 7, 32, place % 2 == 0) for place in range(8))}
     files = add_levels(base, SIZES, steps, Type.F32, tmp_path, "llama", levels)
     with Context(files.path) as context:
         for level in (7, 0, 3, 7):
             context.level = level
+            logits = prompt_and_steps(context)
             with Context(files.dense[level]) as reference:
-                assert relative_error(prompt_and_steps(context), prompt_and_steps(reference)) < TOLERANCE["F32"]
-    nine = GGUF.read(files.path)
-    set_levels(nine, [0.1 * place for place in range(1, 10)], "llama")
-    assert not levels_loads(nine.write(tmp_path / "nine.gguf"))
-
-
-def levels_loads(path: Path) -> bool:
-    import llama_cpp
-
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    if model:
-        llama_cpp.llama_model_free(model)
-    return bool(model)
+                assert relative_error(logits, prompt_and_steps(reference)) < TOLERANCE["F32"]
