@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from skipcat_edge.errors import UserError
 from skipcat_edge.session import (
@@ -19,6 +19,9 @@ from skipcat_edge.session import (
     open_generative,
     open_model,
 )
+
+if TYPE_CHECKING:
+    from skipcat_edge.level_control import Control
 
 # Below this many bytes of prompt, a token for each byte wastes less memory than counting costs time.
 _COUNT_FROM_BYTES = 2048
@@ -116,10 +119,10 @@ def detokenize(llama: Any, tokens: Sequence[int]) -> str:
 
 
 def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int, emit: Callable[[str], None],
-             sampling: Sampling = Sampling()) -> Statistics:
+             sampling: Sampling = Sampling(), control: Control | None = None) -> Statistics:
     """Continue `tokens` until the model ends the text, `max_tokens` are out or `context` is full.
 
-    `emit` gets the text as soon as it is whole characters. Ctrl-C ends the generation, not the
+    `emit` gets the text as soon as it is whole characters; `control` sets the level. Ctrl-C ends the generation, not the
     program. Raises UserError if `tokens` are none or do not fit, or llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
@@ -134,9 +137,10 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
     stop: Stop = "token limit" if max_tokens <= limit else "context full"
     bos = llama_cpp.llama_vocab_bos(vocab)
     count = 0
+    written = llama.generate(tokens, temp=sampling.temperature)
     started = first = last = time.perf_counter()
     try:
-        for token in llama.generate(tokens, temp=sampling.temperature):
+        for token in written if control is None else control.over(written):
             last = time.perf_counter()
             first = last if count == 0 else first
             count += 1
