@@ -43,25 +43,27 @@ def evaluation_figures(found: Evaluation, file: Path, text: Path, window: int,
                        reference: Path | None) -> Iterator[Figure]:
     """Perplexity, and the divergence from `reference` where there is one."""
     on = f"{_named(text, file)}, {found.perplexity.tokens:,} tokens, windows of {window}"
-    yield _figure("perplexity", f"{found.perplexity.ppl:.4f} ± {found.perplexity.ppl_se:.4f}", on)
+    at = _at(found.rank_level)
+    yield _figure(f"perplexity{at}", f"{found.perplexity.ppl:.4f} ± {found.perplexity.ppl_se:.4f}", on)
     if found.divergence is not None and reference is not None:
         divergence, dense = found.divergence, f"`{reference.name}`"
-        yield _figure(f"KL divergence from {dense}, nats per token",
+        yield _figure(f"KL divergence from {dense}{at}, nats per token",
                       f"{divergence.kl:.6f} ± {divergence.kl_se:.6f}", on)
-        yield _figure(f"top-1 agreement with {dense}",
+        yield _figure(f"top-1 agreement with {dense}{at}",
                       f"{100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %", on)
 
 
 def similarity_figures(found: EmbeddingSimilarity, file: Path, text: Path,
-                       reference: Path) -> Iterator[Figure]:
+                       reference: Path, rank_level: float | None = None) -> Iterator[Figure]:
     """The mean and the lowest cosine."""
     on = f"{_named(text, file)}, {found.lines:,} lines"
-    yield _figure(f"mean cosine to `{reference.name}`", f"{found.cosine_mean:.4f}", on)
-    yield _figure(f"lowest cosine to `{reference.name}`", f"{found.cosine_min:.4f}", on)
+    at = _at(rank_level)
+    yield _figure(f"mean cosine to `{reference.name}`{at}", f"{found.cosine_mean:.4f}", on)
+    yield _figure(f"lowest cosine to `{reference.name}`{at}", f"{found.cosine_min:.4f}", on)
 
 
-def task_figures(results: Sequence[TaskResult], reference: Path | None,
-                 context: int | None) -> Iterator[Figure]:
+def task_figures(results: Sequence[TaskResult], reference: Path | None, context: int | None,
+                 rank_level: float | None = None) -> Iterator[Figure]:
     """A row for each metric, the reference's value in it."""
     for result in results:
         value = with_error(result.value, result.value_se)
@@ -70,7 +72,11 @@ def task_figures(results: Sequence[TaskResult], reference: Path | None,
         metric = result.metric if result.filter == "none" else f"{result.metric} ({result.filter})"
         on = f"{result.samples:,} samples, lm-eval {version('lm_eval')}"
         on += "" if context is None else f", context of {context} tokens"
-        yield _figure(f"{result.task}, {metric}", value, on)
+        yield _figure(f"{result.task}, {metric}{_at(rank_level)}", value, on)
+
+
+def _at(rank_level: float | None) -> str:
+    return "" if rank_level is None else f" at level {rank_level:g}"
 
 
 def _named(text: Path, file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 
 HOLD = 16
 """Tokens for which a level is held at least; the speed is that of so many."""
@@ -24,9 +25,9 @@ class Dial:
     """Answers, token by token, the level for the next one.
 
     It begins at the highest level and goes one level down where the speed is below the wanted one or the
-    temperature above its limit. It goes up only where the speed predicted for the next level clears the wanted
-    one, and the machine is some degrees cooler than it may be; each time that this proves wrong, it waits
-    twice as long for the next time.
+    temperature above its limit. It goes up only where the speed predicted for the next level clears the
+    wanted one, and the machine is some degrees cooler than it may be; each time that this proves wrong, it
+    waits twice as long for the next time.
     """
 
     def __init__(self, levels: Sequence[float], costs: Sequence[float], *, target_tps: float | None = None,
@@ -35,7 +36,7 @@ class Dial:
         self._levels = tuple(levels)
         self._target_s = None if target_tps is None else 1 / target_tps
         self._max_celsius = max_celsius
-        self._bytes = [high / low for low, high in zip(costs, costs[1:], strict=False)]
+        self._bytes = [high / low for low, high in pairwise(costs)]
         """Time at a level's next higher one over that at the level itself, as the bytes have it."""
         self._measured: list[float | None] = [None] * len(self._bytes)
         """The same as it was, where both were measured one after the other."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from skipcat_edge.divergence import Divergence, check_reference, compare
 from skipcat_edge.errors import UserError
+from skipcat_edge.levels import file_levels, require_level, set_level
 from skipcat_edge.perplexity import Perplexity, open_for_perplexity, perplexity, start_token, text_chunks
 from skipcat_edge.reference import LiveReference, Reference, stored_reference
 from skipcat_edge.samples import PROMPT_TOKENS, Sample, continuations, prompts_of, text_of
@@ -26,10 +27,13 @@ class Evaluation:
     divergence: Divergence | None
     """None without a reference."""
     samples: tuple[Sample, ...]
+    rank_level: float | None = None
+    """The level that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object; `samples` only where there are some."""
+        """One flat object; `samples` and `rank_level` only where there are some."""
         values = asdict(self.perplexity) | (asdict(self.divergence) if self.divergence else {})
+        values |= {} if self.rank_level is None else {"rank_level": self.rank_level}
         return values | ({"samples": [asdict(sample) for sample in self.samples]} if self.samples else {})
 
 
@@ -48,9 +52,11 @@ class _Text:
 def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int = 256,
              max_tokens: int | None = None, reference: str | Path | None = None, cache: bool = True,
              samples: int = 0, sample_tokens: int = 48, threads: int | None = None,
+             rank_level: float | None = None,
              begin: Begin = lambda title, total: lambda: None) -> Evaluation:
     """Perplexity of `file` on `text` (called `name` in errors) in windows of `window` tokens, divergence from
-    `reference`, and the likeliest `sample_tokens` tokens after `samples` beginnings.
+    `reference`, and the likeliest `sample_tokens` tokens after `samples` beginnings; at `rank_level`, None
+    for the full one.
 
     With `cache`, the reference's logits are kept on disk and one model is in memory at a time. Raises
     UserError for what cannot be read, loaded or compared.
@@ -59,6 +65,8 @@ def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int
     if model_info(model).embedding:
         raise UserError(f"{model} is an embedding model and predicts no tokens; compare it with "
                         "embedding_eval.compare, or `skipcat-edge eval`.")
+    if rank_level is not None:
+        rank_level = require_level(model, file_levels(model), rank_level)
     if dense_file is not None:
         check_reference(model, dense_file)
     read = _tokenize(model, text, name, window, max_tokens, samples)
@@ -71,9 +79,11 @@ def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int
                                      lambda: begin(f"windows of {dense_file.name}", len(read.windows)))
         else:
             dense = LiveReference(open_for_perplexity(dense_file, window, threads))
-        theirs = [*_samples(dense_file, read.prompts, sample_tokens, threads)]
+        theirs = [*_samples(dense_file, read.prompts, sample_tokens, threads, None)]
     llama = open_for_perplexity(model, window, threads)
     try:
+        if rank_level is not None:
+            set_level(llama, rank_level)
         advance = begin(f"windows of {model.name}", len(read.chunks))
         if dense is None:
             found, divergence = perplexity(llama, read.chunks, advance), None
@@ -83,8 +93,8 @@ def evaluate(file: str | Path, text: str, *, name: str = "The text", window: int
         llama.close()
         if isinstance(dense, LiveReference):
             dense.close()
-    ours = _samples(model, read.prompts, sample_tokens, threads)
-    return Evaluation(found, divergence, tuple(map(Sample, read.beginnings, ours, theirs)))
+    ours = _samples(model, read.prompts, sample_tokens, threads, rank_level)
+    return Evaluation(found, divergence, tuple(map(Sample, read.beginnings, ours, theirs)), rank_level)
 
 
 def _tokenize(file: Path, text: str, name: str, window: int, max_tokens: int | None, samples: int) -> _Text:
@@ -100,11 +110,14 @@ def _tokenize(file: Path, text: str, name: str, window: int, max_tokens: int | N
         vocabulary.close()
 
 
-def _samples(file: Path, prompts: Sequence[Sequence[int]], max_tokens: int, threads: int | None) -> list[str]:
+def _samples(file: Path, prompts: Sequence[Sequence[int]], max_tokens: int, threads: int | None,
+             rank_level: float | None) -> list[str]:
     if not prompts:
         return []
     llama = open_generative(file, PROMPT_TOKENS + 1 + max_tokens, threads)
     try:
+        if rank_level is not None:
+            set_level(llama, rank_level)
         return continuations(llama, prompts, max_tokens)
     finally:
         llama.close()

@@ -324,8 +324,10 @@ def read_owners(reader: GGUFReader) -> list[Owner]:
 
 
 def tensors_at(reader: GGUFReader, level: int) -> set[str]:
-    """Names of the tensors that a level uses, by its place; -1 is the last. Raises FormatError as `read_levels`,
-    and for a name that is none of this format."""
+    """Names of the tensors that the level of this place uses; -1 is the last.
+
+    Raises FormatError as `read_levels`, and for a name that is none of this format.
+    """
     names = {tensor.name for tensor in reader.tensors}
     if not is_low_rank(reader):
         return names

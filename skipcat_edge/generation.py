@@ -122,8 +122,8 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
              sampling: Sampling = Sampling(), control: Control | None = None) -> Statistics:
     """Continue `tokens` until the model ends the text, `max_tokens` are out or `context` is full.
 
-    `emit` gets the text as soon as it is whole characters; `control` sets the level. Ctrl-C ends the generation, not the
-    program. Raises UserError if `tokens` are none or do not fit, or llama.cpp fails.
+    `emit` gets the text as soon as it is whole characters; `control` sets the level. Ctrl-C ends the
+    generation, not the program. Raises UserError if `tokens` are none or do not fit, or llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
     if not tokens:

@@ -57,7 +57,8 @@ class Control:
     def over(self, tokens: Iterator[int]) -> Iterator[int]:
         """`tokens`, as Llama.generate computes them, each at its level."""
         self.begin()
-        seconds: float | None = None
+        seconds: float | None = None  # of the first one they would be the prompt's
+        started = 0.0
         for index, token in enumerate(tokens):
             if index:
                 seconds = time.perf_counter() - started

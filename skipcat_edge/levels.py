@@ -29,7 +29,8 @@ def levels(llama: Any) -> tuple[float, ...]:
 
 def get_level(llama: Any) -> float:
     """The level that `llama` runs at. Raises UserError as `levels`."""
-    return levels(llama)[_library().skipcat_get_level(llama.ctx)]
+    place: int = _library().skipcat_get_level(llama.ctx)
+    return levels(llama)[place]
 
 
 def set_level(llama: Any, level: float) -> None:
@@ -99,10 +100,10 @@ def parse_schedule(text: str) -> Schedule:
     if len(steps) < len(parts):
         raise UserError(f"{text[:60]!r} is not a schedule of levels; write it like 0:0.8,32:0.7,128:0.6.")
     if steps[0][0] != 0:
-        raise UserError(f"The schedule {text[:60]} says nothing of the first tokens; let it begin with 0:LEVEL.")
+        raise UserError(f"The schedule {text[:60]} has no level for the first tokens; begin it with 0:LEVEL.")
     for (before, _), (after, _) in pairwise(steps):
         if after <= before:
-            raise UserError(f"The schedule {text[:60]} has token {after} after token {before}; let them rise.")
+            raise UserError(f"The schedule {text[:60]} has {after} after {before}; let the tokens rise.")
     return Schedule(steps)
 
 

@@ -22,7 +22,7 @@ def weight_bytes_per_token(path: Path, level: int = -1) -> int:
     """Bytes of the weights that decoding one token reads at the level of this place, the last one by default.
 
     All tensors that the level uses but tables that are looked up by row; the embedding table counts where it
-    is the head too, and of experts only as many as are used. Raises UserError as `open_gguf`, and FormatError.
+    is the head too, and of experts only as many as are used. Raises UserError as `open_gguf`, FormatError.
     """
     return read_per_token(open_gguf(path), level)
 

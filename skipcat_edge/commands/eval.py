@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import rank_level_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
               help="Put the figures into FILE's model card, which lies beside it; it is made where there is "
                    "none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@rank_level_option(say="The reference always has its full level.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
             context: int | None, window: int, max_tokens: int | None, reference: Path | None,
             samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
-            as_json: bool) -> None:
+            rank_level: float | None, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -83,6 +85,10 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
         raise UserError("--tasks names no task; give one, for example arc_easy.")
     values: dict[str, Any] = {}
     figures: list[Figure] = []
+    if rank_level is not None:
+        from skipcat_edge.levels import file_levels, require_level
+
+        rank_level = require_level(file, file_levels(file), rank_level)
     if card:
         from skipcat_edge import card_figures
 
@@ -96,16 +102,16 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
             raise UserError(f"{file} is an embedding model; give its dense GGUF with --reference.")
         if max_tokens is not None:
             raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
-        similarity = _similarity(file, reference, text, threads)
-        values = asdict(similarity)
+        similarity = _similarity(file, reference, text, threads, rank_level)
+        values = asdict(similarity) | ({} if rank_level is None else {"rank_level": rank_level})
         if card:
-            figures += card_figures.similarity_figures(similarity, file, text, reference)
+            figures += card_figures.similarity_figures(similarity, file, text, reference, rank_level)
         if not as_json:
             click.echo(f"mean cosine {similarity.cosine_mean:.4f}, lowest {similarity.cosine_min:.4f}, "
                        f"over {similarity.lines:,} lines")
     elif text is not None:
         found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
-                          samples=samples, sample_tokens=sample_tokens, threads=threads)
+                          samples=samples, sample_tokens=sample_tokens, threads=threads, rank_level=rank_level)
         values = found.to_json()
         if card:
             figures += card_figures.evaluation_figures(found, file, text, window, reference)
@@ -113,10 +119,10 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
             click.echo("\n".join(_sentences(found, window, reference)))
     if names is not None:
         results = _tasks(file, names, task_path=task_path, limit=limit, length=context, reference=reference,
-                         threads=threads)
+                         threads=threads, rank_level=rank_level)
         values["tasks"] = [result.to_json() for result in results]
         if card:
-            figures += card_figures.task_figures(results, reference, context)
+            figures += card_figures.task_figures(results, reference, context, rank_level)
         if not as_json:
             if text is not None:
                 click.echo()
@@ -185,13 +191,17 @@ def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterat
                                     subsequent_indent=" " * 11)
 
 
-def _similarity(file: Path, reference: Path, text: Path, threads: int | None) -> EmbeddingSimilarity:
+def _similarity(file: Path, reference: Path, text: Path, threads: int | None,
+                rank_level: float | None) -> EmbeddingSimilarity:
     from skipcat_edge.embedding_eval import compare, lines_of, open_pair
+    from skipcat_edge.levels import set_level
     from skipcat_edge.terminal import new_progress
     from skipcat_edge.text_file import read_text
 
     lines = lines_of(read_text(text), name=str(text))
     model, dense = open_pair(file, reference, threads)
+    if rank_level is not None:
+        set_level(model, rank_level)
     with new_progress() as progress:
         task = progress.add_task("lines", total=len(lines))
         return compare(model, dense, lines, advance=lambda count: progress.advance(task, count))
