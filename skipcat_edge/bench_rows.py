@@ -134,7 +134,7 @@ class Change:
 
 
 def changes(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Change]:
-    """Each of `rows` beside the last one of `earlier` of the same file name, level, prompt, tokens and threads."""
+    """Each of `rows` beside the last one of `earlier` with its file name, level, tokens and threads."""
     def key(row: Row) -> tuple[Any, ...]:
         levels = (row.get(name) for name in ("rank_level", "progressive"))  # older rows have none
         return (Path(row["file"]).name, *(row[name] for name in _SAME), *levels)

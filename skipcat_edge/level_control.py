@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,39 +85,43 @@ class Control:
         return "; ".join([", ".join(told) or "no tokens", switches, *speed])
 
 
-def new_control(llama: Any, wish: Wish) -> Control:
-    """What sets `llama` to `wish`. Raises UserError as `check_wish`."""
-    path = Path(llama.model_path)
-    known = check_wish(path, wish)
-    full = known[-1]
+def check_wish(path: Path, wish: Wish) -> tuple[Wish, tuple[float, ...]]:
+    """`wish` in the levels of `path`, and these.
+
+    Raises UserError where it names another one, or a temperature that this machine does not show, and as
+    `file_levels`.
+    """
+    known = file_levels(path)
+    if isinstance(wish, Auto) and wish.max_celsius is not None and _celsius() is None:
+        raise UserError("This machine shows no temperature of its CPU, so --max-temp cannot be kept; "
+                        "give --target-tps instead.")
+    return checked(wish, path, known), known
+
+
+def checked(wish: Wish, file: Any, known: Sequence[float]) -> Wish:
+    """`wish` in the levels `known` of `file`. Raises UserError where it names another one."""
     if isinstance(wish, Schedule):
-        schedule = wish.checked(path, known)
-        return Control(llama, lambda index, _: schedule.at(index), full)
+        return wish.checked(file, known)
+    return wish if isinstance(wish, Auto) else require_level(file, known, wish)
+
+
+def new_control(llama: Any, wish: Wish, known: Sequence[float]) -> Control:
+    """What sets `llama`, whose file has the levels `known`, to a `wish` that is checked."""
+    if isinstance(wish, Schedule):
+        schedule = wish
+        return Control(llama, lambda index, _: schedule.at(index), known[-1])
     if isinstance(wish, Auto):
+        path = Path(llama.model_path)
         dial = Dial(known, [weight_bytes_per_token(path, place) for place in range(len(known))],
                     target_tps=wish.target_tps, max_celsius=wish.max_celsius)
-        thermometer = _Thermometer() if wish.max_celsius is not None else lambda: None
+        thermometer = (lambda: None) if wish.max_celsius is None else _Thermometer()
 
         def turn(_: int, seconds: float | None) -> float:
             return dial.level if seconds is None else dial.step(seconds, thermometer())
 
-        return Control(llama, turn, full)
-    level = require_level(path, known, wish)
+        return Control(llama, turn, known[-1])
+    level = wish
     return Control(llama, lambda *_: level, level)
-
-
-def check_wish(path: Path, wish: Wish) -> tuple[float, ...]:
-    """The levels of `path`. Raises UserError where `wish` names another one, or a temperature that this
-    machine does not show, and as `file_levels`."""
-    known = file_levels(path)
-    if isinstance(wish, Schedule):
-        wish.checked(path, known)
-    elif not isinstance(wish, Auto):
-        require_level(path, known, wish)
-    elif wish.max_celsius is not None and _celsius() is None:
-        raise UserError("This machine shows no temperature of its CPU, so --max-temp cannot be kept; "
-                        "give --target-tps instead.")
-    return known
 
 
 def _celsius() -> float | None:

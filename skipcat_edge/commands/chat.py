@@ -53,12 +53,12 @@ def command(file: Path, system: str | None, tokens: int, context: int, temp: flo
     from skipcat_edge.session import model_info, open_generative
 
     wish = wish_of(rank_level, target_tps, max_temp, progressive)
-    if wish is not None:
-        check_wish(file, wish)
+    checked = None if wish is None else check_wish(file, wish)
     context = min(context, model_info(file).context_length or context)
     llama = open_generative(file, context, threads)
+    control = None if checked is None else new_control(llama, *checked)
     conversation = Conversation(llama, context=context, max_tokens=tokens, sampling=Sampling(temp, seed),
-                                system=system, control=None if wish is None else new_control(llama, wish))
+                                system=system, control=control)
     if not conversation.has_template:
         click.echo(f"{file.name} has no chat template: what you write is continued.", err=True)
     read = line_reader()

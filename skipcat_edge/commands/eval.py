@@ -83,12 +83,12 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if names == []:
         raise UserError("--tasks names no task; give one, for example arc_easy.")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if rank_level is None else {"rank_level": rank_level}
     figures: list[Figure] = []
     if rank_level is not None:
         from skipcat_edge.levels import file_levels, require_level
 
-        rank_level = require_level(file, file_levels(file), rank_level)
+        require_level(file, file_levels(file), rank_level)
     if card:
         from skipcat_edge import card_figures
 
@@ -103,7 +103,7 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
         if max_tokens is not None:
             raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
         similarity = _similarity(file, reference, text, threads, rank_level)
-        values = asdict(similarity) | ({} if rank_level is None else {"rank_level": rank_level})
+        values |= asdict(similarity)
         if card:
             figures += card_figures.similarity_figures(similarity, file, text, reference, rank_level)
         if not as_json:
@@ -111,8 +111,9 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
                        f"over {similarity.lines:,} lines")
     elif text is not None:
         found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
-                          samples=samples, sample_tokens=sample_tokens, threads=threads, rank_level=rank_level)
-        values = found.to_json()
+                          samples=samples, sample_tokens=sample_tokens, threads=threads,
+                          rank_level=rank_level)
+        values |= found.to_json()
         if card:
             figures += card_figures.evaluation_figures(found, file, text, window, reference)
         if not as_json:

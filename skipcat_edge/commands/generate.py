@@ -36,10 +36,9 @@ def command(file: Path, prompt: str, tokens: int, temp: float, seed: int | None,
     from skipcat_edge.level_control import check_wish, new_control
 
     wish = wish_of(rank_level, target_tps, max_temp, progressive)
-    if wish is not None:
-        check_wish(file, wish)
+    checked = None if wish is None else check_wish(file, wish)
     llama, context = open_for_prompt(file, prompt, tokens, threads)
-    control = None if wish is None else new_control(llama, wish)
+    control = None if checked is None else new_control(llama, *checked)
     statistics = generate(
         llama, encode(llama, prompt), max_tokens=tokens, context=context,
         emit=lambda text: click.echo(text, nl=False), sampling=Sampling(temp, seed),

@@ -48,8 +48,8 @@ def progressive_option(_command: _Command) -> _Command:
     )(_command)
 
 
-def dial_options(command: _Command) -> _Command:
-    """--rank-level with `auto`, --target-tps, --max-temp and --progressive, for `wish_of`."""
+def aim_options(command: _Command) -> _Command:
+    """--rank-level with `auto`, --target-tps and --max-temp, for `wish_of`."""
     options = (
         rank_level_option("auto", say="`auto` turns it while writing, after prompts at the full level, as "
                                       "--target-tps and --max-temp want it."),
@@ -57,11 +57,15 @@ def dial_options(command: _Command) -> _Command:
                      help="With --rank-level auto: the highest level that writes so many tokens per second."),
         click.option("--max-temp", type=click.FloatRange(1, 150), metavar="CELSIUS",
                      help="With --rank-level auto: lower levels while the CPU is hotter."),
-        progressive_option,
     )
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def dial_options(command: _Command) -> _Command:
+    """The same and --progressive."""
+    return aim_options(progressive_option(command))
 
 
 def wish_of(rank_level: float | str | None, target_tps: float | None, max_temp: float | None,

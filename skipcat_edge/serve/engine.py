@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.serve.errors import RequestError, request_error
 from skipcat_edge.session import import_llama_cpp
+
+if TYPE_CHECKING:
+    from skipcat_edge.level_control import Control
 
 Work = Callable[[], Iterator[dict[str, Any]]]
 
@@ -81,7 +84,10 @@ class Engine:
         self.llama = llama
         self.usage = Usage()
         """Of the answer that runs; read it in the work itself."""
+        self.control: Control | None = None
+        """What sets the level for the answer that runs; set it in the work itself."""
         self._prompt: list[int] = []
+        self._prompt_level: float | None = None
         self._eval, self._generate = llama.eval, llama.generate
         llama.eval, llama.generate = self._eval_while_wanted, self._generate_afresh
         self._answers: SimpleQueue[Answer | None] = SimpleQueue()
@@ -149,19 +155,21 @@ class Engine:
     def _generate_afresh(self, tokens: Sequence[int], **options: Any) -> Iterator[int]:
         """Llama.generate, with the same tokens whatever was computed before.
 
-        Of the earlier prompt only whole batches are used again: these were computed exactly as they would
-        be now. Llama.generate would use all tokens that are the same, such as the answer, which was
-        computed token by token, with other rounding.
+        Of the earlier prompt only whole batches are used again, and only at the same level: these were
+        computed exactly as they would be now. Llama.generate would use all tokens that are the same, such as
+        the answer, which was computed token by token, with other rounding.
         """
         llama = self.llama
         _require_sound_grammar(llama, options.get("grammar"))
-        same = llama.longest_token_prefix(self._prompt, tokens)
+        level = None if self.control is None else self.control.prompt
+        same = llama.longest_token_prefix(self._prompt, tokens) if level == self._prompt_level else 0
         llama.n_tokens = min(same, llama.n_tokens, len(tokens) - 1) // llama.n_batch * llama.n_batch
-        self._prompt = list(tokens)
+        self._prompt, self._prompt_level = list(tokens), level
         self.usage = Usage(len(tokens))
         llama_cpp = import_llama_cpp()
         vocab = llama_cpp.llama_model_get_vocab(llama.model)
-        for token in self._generate(tokens, **options):
+        written = self._generate(tokens, **options)
+        for token in written if self.control is None else self.control.over(written):
             self.usage.completion += not llama_cpp.llama_vocab_is_eog(vocab, token)
             yield token
 

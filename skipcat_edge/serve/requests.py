@@ -13,6 +13,9 @@ from llama_cpp.server.types import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
+from skipcat_edge.errors import UserError
+from skipcat_edge.level_control import Wish
+from skipcat_edge.levels import parse_schedule
 from skipcat_edge.serve.errors import RequestError
 
 # A penalty that the client did not ask for would change greedy answers; llama_cpp's is 1.1.
@@ -50,6 +53,8 @@ class ChatRequest(CreateChatCompletionRequest):  # type: ignore[misc]
     max_completion_tokens: int | None = Field(None, ge=1)
     """OpenAI's newer name of max_tokens."""
     stream_options: StreamOptions | None = None
+    rank_level: float | None = None
+    progressive: str | None = None
 
 
 class CompletionRequest(CreateCompletionRequest):  # type: ignore[misc]
@@ -58,6 +63,8 @@ class CompletionRequest(CreateCompletionRequest):  # type: ignore[misc]
     temperature: float = _TEMPERATURE
     repeat_penalty: float = _REPEAT_PENALTY
     stream_options: StreamOptions | None = None
+    rank_level: float | None = None
+    progressive: str | None = None
 
 
 class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
@@ -65,7 +72,10 @@ class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
 
     encoding_format: Literal["float", "base64"] = "float"
     """Floats are sent in either case, which OpenAI's client takes too."""
+    rank_level: float | None = None
 
+
+Body = ChatRequest | CompletionRequest | EmbeddingRequest
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
              "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta")
@@ -93,6 +103,17 @@ def completion_options(request: CompletionRequest, vocabulary: int) -> dict[str,
     if (request.best_of or 1) > 1:
         raise RequestError(400, "This server gives one answer to a request; leave best_of out.")
     return _common_options(request, vocabulary)
+
+
+def wish_of(request: Body) -> Wish | None:
+    """At which level the answer is wanted; None for the server's own. Raises UserError where it says two
+    things, or its schedule is none."""
+    progressive = getattr(request, "progressive", None)
+    if progressive is None:
+        return request.rank_level
+    if request.rank_level is not None:
+        raise UserError("progressive sets the level of every token; leave out rank_level.")
+    return parse_schedule(progressive)
 
 
 def text_of(request: CompletionRequest) -> str:
