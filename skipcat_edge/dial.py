@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
@@ -41,6 +40,8 @@ class Dial:
         self._measured: list[float | None] = [None] * len(self._bytes)
         """The same as it was, where both were measured one after the other."""
         self._place = len(levels) - 1
+        self._fastest = [float("inf")] * len(self._levels)
+        """Seconds per token of each level at its best."""
         self._seconds: deque[float] = deque(maxlen=HOLD)
         self._held = 0
         self._wait = HOLD
@@ -61,6 +62,7 @@ class Dial:
         if self._held < HOLD:
             return self.level
         now = self._speed()
+        self._fastest[self._place] = min(self._fastest[self._place], now)
         if self._last is not None:
             self._compare(*self._last, now)
             self._last = None
@@ -73,8 +75,9 @@ class Dial:
         return self.level
 
     def _speed(self) -> float:
-        most = _HICCUP * statistics.median(self._seconds)
-        return statistics.fmean(min(each, most) for each in self._seconds)
+        """Seconds per token."""
+        most = _HICCUP * sorted(self._seconds)[HOLD // 2]
+        return sum(min(each, most) for each in self._seconds) / HOLD
 
     def _too_slow(self, now: float) -> bool:
         return self._target_s is not None and now > self._target_s
@@ -93,13 +96,14 @@ class Dial:
         measured, predicted = self._measured[self._place], now * self._bytes[self._place]
         if measured is None:
             return predicted <= most
-        return now * measured <= most or (self._held >= _LONG * self._wait and predicted <= most)
+        doubted = self._held >= _LONG * self._wait
+        return now * measured <= most or (doubted and min(predicted, self._fastest[self._place + 1]) <= most)
 
     def _compare(self, place: int, before: float, now: float) -> None:
         """`before`: seconds per token of the level at `place`, the next to this one."""
-        up = now / before if self._place > place else before / now
+        low, high = (before, now) if self._place > place else (now, before)
         # a higher level is never the faster one: then the machine has changed
-        self._measured[min(place, self._place)] = max(1.0, up)
+        self._measured[min(place, self._place)] = max(1.0, high / low if low else 1.0)
 
     def _learn_from_failure(self) -> None:
         if self._tried:
