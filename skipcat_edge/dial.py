@@ -96,8 +96,11 @@ class Dial:
         measured, predicted = self._measured[self._place], now * self._bytes[self._place]
         if measured is None:
             return predicted <= most
-        doubted = self._held >= _LONG * self._wait
-        return now * measured <= most or (doubted and min(predicted, self._fastest[self._place + 1]) <= most)
+        if now * measured <= most:
+            return True
+        # a level is never slower than those above it
+        at_best = min(predicted, *self._fastest[self._place + 1 :])
+        return self._held >= _LONG * self._wait and at_best <= most
 
     def _compare(self, place: int, before: float, now: float) -> None:
         """`before`: seconds per token of the level at `place`, the next to this one."""

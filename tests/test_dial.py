@@ -108,7 +108,8 @@ def test_what_is_lost_to_throttling_comes_back(machine: Machine, slower: float) 
                  machine.seconds(level) * (slower if 500 <= index < 1500 else 1), 8000)
     assert set(levels[:500]) == {full} and levels[-1] == full
     if slower * 0.8 > 1.01:
-        assert full not in levels[500 + 2 * HOLD : 1500]
+        # it may try again whether that was another program
+        assert levels[500 + 2 * HOLD : 1500].count(full) <= 4 * HOLD
 
 
 @given(machines(), st.integers(8, 60))
