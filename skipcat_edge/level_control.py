@@ -58,12 +58,14 @@ class Control:
         """`tokens`, as Llama.generate computes them, each at its level."""
         self.begin()
         seconds: float | None = None  # of the first one they would be the prompt's
-        started = 0.0
+        started, before = 0.0, self.prompt
         for index, token in enumerate(tokens):
             if index:
                 seconds = time.perf_counter() - started
                 self._seconds += seconds
             self._counts[self._level] += 1
+            self._switches += self._level != before
+            before = self._level
             yield token
             self._turn(self._choose(index + 1, seconds))
             started = time.perf_counter()
@@ -72,7 +74,6 @@ class Control:
         if level != self._level:
             set_level(self._llama, level)
             self._level = level
-            self._switches += 1
 
     def report(self) -> str:
         """What was done since the last prompt: `level 0.8 for 48 tokens, 0.6 for 80; 2 switches; 12.1

@@ -126,7 +126,8 @@ def test_another_program_for_a_moment_costs_little(machine: Machine, moment: int
 def test_a_single_slow_token_changes_nothing() -> None:
     machine = Machine((0.06, 0.08))
     dial = Dial(machine.levels, machine.sizes, target_tps=0.8 / 0.08)
-    assert switches(run(dial, lambda index, level: 2.0 if index % 50 == 49 else machine.seconds(level), 1000)) == 0
+    levels = run(dial, lambda index, level: 2.0 if index % 50 == 49 else machine.seconds(level), 1000)
+    assert switches(levels) == 0
 
 
 def test_a_wrong_prediction_is_not_made_again() -> None:
