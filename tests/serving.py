@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,9 @@ class Local:
 
 
 @contextmanager
-def local_server(file: Path, *, context: int = 512, api_key: str | None = None) -> Iterator[Local]:
-    """Serve `file` by a thread of this process."""
+def local_server(file: Path, *, context: int = 512, api_key: str | None = None,
+                 embedding: bool = False) -> Iterator[Local]:
+    """Serve `file` by a thread of this process, as an embedding model if asked to."""
     import uvicorn
 
     from skipcat_edge.level_control import new_control
@@ -134,12 +135,12 @@ def local_server(file: Path, *, context: int = 512, api_key: str | None = None) 
     from skipcat_edge.session import model_info
 
     local = Local()
-    llama = open_served(file, model_info(file), context, 1)
+    llama = open_served(file, replace(model_info(file), embedding=embedding), context, 1)
     local.watch(llama)
     local.engine = Engine(llama)
     levels = file_levels(file)
     control = new_control(llama, levels[-1], levels) if len(levels) > 1 else None
-    app = create_app(local.engine, ["local"], embedding=False, context=context, levels=levels,
+    app = create_app(local.engine, ["local"], embedding=embedding, context=context, levels=levels,
                      control=control)
     with listen("127.0.0.1", 0) as listener:
         local.url = url("127.0.0.1", listener)

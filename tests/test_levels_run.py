@@ -223,6 +223,18 @@ def test_requests_do_not_disturb_each_other(server: Local, leveled: Path) -> Non
         assert completion(server, **options[name]) == expected[name], name
 
 
+def test_embeddings_are_served_at_a_level(leveled: Path) -> None:
+    with serving.local_server(leveled, embedding=True) as local:
+        def embedded(**options: Any) -> np.ndarray:
+            status, found = ask(local.url, "/v1/embeddings", {"input": "the dog ran home", **options})
+            assert status == 200, found
+            return np.asarray(found["data"][0]["embedding"])
+
+        full, low, again = embedded(), embedded(rank_level=0.6), embedded()
+        assert np.array_equal(full, again) and np.abs(full - low).max() > 1e-4
+        assert ask(local.url, "/v1/embeddings", {"input": "x", "rank_level": 0.5})[0] == 400
+
+
 @pytest.mark.parametrize(("options", "part"), [
     ({"rank_level": 0.7}, "local has no level 0.7; its levels are 0.6 and 0.8."),
     ({"progressive": "0:0.8,3:0.5"}, "local has no level 0.5"), ({"progressive": "later"}, "write it like"),

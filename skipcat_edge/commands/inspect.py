@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def command(file: Path, as_json: bool, plot: Path | None, force: bool) -> None:
     """Show what FILE stores, layer by layer, low-rank or dense; llama.cpp is not needed.
 
-    The ratio is stored parameters over those of the dense layers that they replace. Of a file with levels,
-    the levels that use each part, and what each level reads to decode a token.
+    The ratio is stored parameters over those of the dense layers that they replace. Of a file with levels it
+    also tells which of them use each part, and what each reads to decode a token.
     """
     from skipcat_edge.inspection import inspect
 

@@ -116,7 +116,7 @@ def _given(request: Request) -> list[Entry]:
         stem = path.stem if labels[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
         found.append(Entry(
             path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, shortened(stem),
-            types.most_common(1)[0][0] if types else "-", inspection.totals.ratio, given=True))
+            types.most_common(1)[0][0] if types else "-", inspection.kept, given=True))
     return found
 
 
