@@ -231,12 +231,12 @@ def _generate(tables: _Tables, budgets: LevelBudgets, alone: np.ndarray) -> list
     for _ in range(_ROUNDS):
         prices, worth = _Program(ways, group_of, budgets, alone).prices()
         enough = worth - _TOLERANCE * abs(worth).sum() / len(tables)
-        found = {number: _best(group, prices) for number, group in enumerate(tables)}
-        found = {number: way for number, way in found.items() if prices.of(way) < enough[number]}
-        if not found:
+        best = [(number, _best(group, prices)) for number, group in enumerate(tables)]
+        better = {number: way for number, way in best if prices.of(way) < enough[number]}
+        if not better:
             break
-        ways += found.values()
-        group_of += found
+        ways += better.values()
+        group_of += better
     # at the program's own prices groups may be divided between ways; near them are others that fill the rest
     for near in prices.nearby():
         ways += [_best(group, near) for group in tables]

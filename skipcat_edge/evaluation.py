@@ -11,6 +11,7 @@ from skipcat_edge.divergence import Divergence, check_reference, compare
 from skipcat_edge.embedding_eval import EmbeddingSimilarity, lines_of, open_pair
 from skipcat_edge.embedding_eval import compare as compare_embeddings
 from skipcat_edge.errors import UserError, require_at_least
+from skipcat_edge.levels import file_levels, require_level, set_level
 from skipcat_edge.perplexity import Perplexity, open_for_perplexity, perplexity, start_token, text_chunks
 from skipcat_edge.reference import LiveReference, Reference, stored_reference
 from skipcat_edge.samples import PROMPT_TOKENS, Sample, continuations, prompts_of, text_of
@@ -35,10 +36,12 @@ class Evaluation:
     """Of an embedding model; None for others."""
     samples: tuple[Sample, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    rank_level: float | None = None
+    """The level that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object; `samples` and `tasks` only where there are some."""
-        values: dict[str, Any] = {}
+        """One flat object; `rank_level`, `samples` and `tasks` only where there are some."""
+        values: dict[str, Any] = {} if self.rank_level is None else {"rank_level": self.rank_level}
         for figures in (self.perplexity, self.divergence, self.similarity):
             values |= {} if figures is None else asdict(figures)
         if self.samples:
@@ -64,8 +67,9 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
              max_tokens: int | None = None, reference: str | Path | None = None, cache: bool = True,
              samples: int = 0, sample_tokens: int = 48, tasks: str | Sequence[str] = (),
              task_path: str | Path | None = None, limit: int | None = None, context: int | None = None,
-             threads: int | None = None, begin: Begin = lambda title, total: lambda: None) -> Evaluation:
-    """Measure `file` on `text`, on `tasks`, or on both.
+             threads: int | None = None, rank_level: float | None = None,
+             begin: Begin = lambda title, total: lambda: None) -> Evaluation:
+    """Measure `file` on `text`, on `tasks`, or on both; at `rank_level`, None for the full one.
 
     A model that predicts tokens: perplexity, with `reference` the divergence from it as well. An embedding
     model: the cosine between its embeddings of the text's lines and the `reference`'s, which it needs.
@@ -92,6 +96,8 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
     model, dense_file = Path(file), None if reference is None else Path(reference)
     if text is None and not names:
         raise UserError("There is nothing to measure on; give a text or tasks.")
+    if rank_level is not None:
+        rank_level = require_level(model, file_levels(model), rank_level)
     if model_info(model).embedding:
         if names or text is None:
             raise UserError(f"{model} is an embedding model and answers no tasks; use --text and "
@@ -102,7 +108,8 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
             raise UserError("--max-tokens is for perplexity; an embedding model is compared on every line.")
         if dense_file is None:
             raise UserError(f"{model} is an embedding model; give its dense GGUF with --reference.")
-        return Evaluation(similarity=_similarity(model, dense_file, lines_of(text, name), threads, begin))
+        similarity = _similarity(model, dense_file, lines_of(text, name), threads, rank_level, begin)
+        return Evaluation(similarity=similarity, rank_level=rank_level)
     if dense_file is not None:
         check_reference(model, dense_file)
     read = None if text is None else _tokenize(model, text, name, window, max_tokens, samples)
@@ -112,7 +119,7 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
 
         results = measure_tasks(
             model, names, task_path=None if task_path is None else Path(task_path), limit=limit,
-            length=context, reference=dense_file, threads=threads, begin=begin)
+            length=context, reference=dense_file, threads=threads, rank_level=rank_level, begin=begin)
     if read is None:
         return Evaluation(tasks=tuple(results))
     theirs: list[str | None] = [None] * len(read.prompts)
@@ -124,9 +131,11 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
                                      lambda: begin(f"windows of {dense_file.name}", len(read.windows)))
         else:
             dense = LiveReference(open_for_perplexity(dense_file, window, threads))
-        theirs = [*_samples(dense_file, read.prompts, sample_tokens, threads)]
+        theirs = [*_samples(dense_file, read.prompts, sample_tokens, threads, None)]
     llama = open_for_perplexity(model, window, threads)
     try:
+        if rank_level is not None:
+            set_level(llama, rank_level)
         advance = begin(f"windows of {model.name}", len(read.chunks))
         if dense is None:
             found, divergence = perplexity(llama, read.chunks, advance), None
@@ -136,13 +145,13 @@ def evaluate(file: str | Path, text: str | None = None, *, name: str = "The text
         llama.close()
         if isinstance(dense, LiveReference):
             dense.close()
-    ours = _samples(model, read.prompts, sample_tokens, threads)
+    ours = _samples(model, read.prompts, sample_tokens, threads, rank_level)
     return Evaluation(found, divergence, samples=tuple(map(Sample, read.beginnings, ours, theirs)),
-                      tasks=tuple(results))
+                      tasks=tuple(results), rank_level=rank_level)
 
 
 def _similarity(file: Path, reference: Path, lines: Sequence[str], threads: int | None,
-                begin: Begin) -> EmbeddingSimilarity:
+                rank_level: float | None, begin: Begin) -> EmbeddingSimilarity:
     models = open_pair(file, reference, threads)
     step = begin("lines", len(lines))
 
@@ -151,6 +160,8 @@ def _similarity(file: Path, reference: Path, lines: Sequence[str], threads: int 
             step()
 
     try:
+        if rank_level is not None:
+            set_level(models[0], rank_level)
         return compare_embeddings(*models, lines, advance)
     finally:
         for model in models:
@@ -170,11 +181,14 @@ def _tokenize(file: Path, text: str, name: str, window: int, max_tokens: int | N
         vocabulary.close()
 
 
-def _samples(file: Path, prompts: Sequence[Sequence[int]], max_tokens: int, threads: int | None) -> list[str]:
+def _samples(file: Path, prompts: Sequence[Sequence[int]], max_tokens: int, threads: int | None,
+             rank_level: float | None) -> list[str]:
     if not prompts:
         return []
     llama = open_generative(file, PROMPT_TOKENS + 1 + max_tokens, threads)
     try:
+        if rank_level is not None:
+            set_level(llama, rank_level)
         return continuations(llama, prompts, max_tokens)
     finally:
         llama.close()

@@ -323,6 +323,27 @@ def read_owners(reader: GGUFReader) -> list[Owner]:
     ]
 
 
+def tensors_at(reader: GGUFReader, level: int) -> set[str]:
+    """Names of the tensors that the level of this place uses; -1 is the last.
+
+    Raises FormatError as `read_levels`, and for a name that is none of this format.
+    """
+    names = {tensor.name for tensor in reader.tensors}
+    if not is_low_rank(reader):
+        return names
+    count = len(read_levels(reader))
+    level %= count
+    unused = set()
+    for name in names:
+        if match := _TENSOR.match(name):
+            first, last = _levels_of(name, match[3], match[4] or "", count)
+            if not first <= level <= last:
+                unused.add(name)
+            elif match[3] == "lr_b":
+                unused.add(weight_name(int(match[1]), match[2]))  # which other levels may need
+    return names - unused
+
+
 class _Key(NamedTuple):
     layer: int
     name: str

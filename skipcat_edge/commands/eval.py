@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import rank_level_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,11 +46,12 @@ if TYPE_CHECKING:
               help="Put the figures into FILE's model card, which lies beside it; it is made where there is "
                    "none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@rank_level_option(say="The reference always has its full level.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
             context: int | None, window: int, max_tokens: int | None, reference: Path | None,
             samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
-            as_json: bool) -> None:
+            rank_level: float | None, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -80,7 +82,7 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
         card_figures.require_card(file)
     found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
                       samples=samples, sample_tokens=sample_tokens, tasks=names, task_path=task_path,
-                      limit=limit, context=context, threads=threads)
+                      limit=limit, context=context, threads=threads, rank_level=rank_level)
     if not as_json:
         for sentence in _sentences(found, window, reference):
             click.echo(sentence)
