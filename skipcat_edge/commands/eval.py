@@ -76,6 +76,10 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise UserError("--tasks names no task; give one, for example arc_easy.")
+    if rank_level is not None:
+        from skipcat_edge.levels import file_levels, require_level
+
+        require_level(file, file_levels(file), rank_level)
     if card:
         from skipcat_edge import card_figures
 
