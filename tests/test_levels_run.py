@@ -223,6 +223,18 @@ def test_requests_do_not_disturb_each_other(server: Local, leveled: Path) -> Non
         assert completion(server, **options[name]) == expected[name], name
 
 
+def test_a_prompt_of_another_level_is_computed_again(server: Local) -> None:
+    """Whole batches of an earlier prompt are used again otherwise."""
+    long = f"{PROMPT} there was a dog. The dog saw a bird. " * 16
+    computed = []
+    for level in (0.8, 0.6, 0.6, 0.8):
+        server.computed.clear()
+        completion(server, prompt=long, max_tokens=1, rank_level=level)
+        computed.append(sum(server.computed))
+    fresh, other, same, back = computed
+    assert fresh == other == back > 200 and same == fresh - 128
+
+
 def test_embeddings_are_served_at_a_level(leveled: Path) -> None:
     with serving.local_server(leveled, embedding=True) as local:
         def embedded(**options: Any) -> np.ndarray:
