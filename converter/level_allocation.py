@@ -19,7 +19,8 @@ from scipy.optimize import LinearConstraint, linprog, milp
 from skipcat_edge.format import Levels
 
 from .allocation import BudgetError, Cost, Groups, allocate, least_cost
-from .candidates import Candidate
+from .candidates import Candidate, Form
+from .layers import Layer
 from .plan import WORTH_MORE, Plan, PlannedOwner
 
 _ROUNDS = 200
@@ -56,7 +57,7 @@ class _Way:
     """Cost of what each level reads."""
     stored: float
     losses: np.ndarray
-    """Predicted, of each level."""
+    """Of each level, weighed."""
 
     def __add__(self, other: _Way) -> _Way:
         return _Way(self.stages + other.stages, self.read + other.read, self.stored + other.stored,
@@ -83,21 +84,25 @@ class _Prices:
 
 
 def allocate_levels(
-    groups: Groups, budgets: LevelBudgets, cost: Cost, grid: int, skip: bool | None = None
+    groups: Groups, budgets: LevelBudgets, cost: Cost, grid: int, skip: bool | None = None,
+    caution: float = 0.0,
 ) -> Plan:
     """The plan whose levels lose least, each measured by what it would lose in a file of its own.
 
-    Minimises the largest of those shares. `skip` None: decided by loss and cost. Ranks never fall as the
-    level rises. Raises BudgetError if even the lowest ranks cost more than the lowest level's budget.
+    Minimises the largest of those shares. `skip` None: decided by loss and cost. `caution`: see
+    `Candidate.weighed`. Ranks never fall as the level rises. Raises BudgetError if even the lowest ranks cost
+    more than the lowest level's budget.
     """
     least = least_cost(groups, cost, grid, skip)
     if least > budgets.levels[0]:
         raise BudgetError(least, budgets.levels[0])
-    alone = np.array([allocate(groups, budget, cost, grid, skip).loss for budget in budgets.levels])
-    tables = [[[_Table(candidate, cost, grid, skip, len(budgets.levels)) for candidate in alternative]
+    alone = np.array([allocate(groups, budget, cost, grid, skip, caution).weighed
+                      for budget in budgets.levels], dtype=float)
+    levels = len(budgets.levels)
+    tables = [[[_Table(candidate, cost, grid, skip, levels, caution) for candidate in alternative]
                for alternative in group] for group in groups]
     ways = _generate(tables, budgets, np.maximum(alone, 1e-9 * max(alone.max(), 1e-300)))
-    return _plan(ways, len(budgets.levels))
+    return _plan(ways, levels)
 
 
 _Partial = tuple[float, int, tuple[_Stage, ...]]
@@ -107,11 +112,12 @@ _Partial = tuple[float, int, tuple[_Stage, ...]]
 class _Table:
     """What a candidate costs and loses at every rank, in every form."""
 
-    def __init__(self, candidate: Candidate, cost: Cost, grid: int, skip: bool | None, levels: int) -> None:
+    def __init__(self, candidate: Candidate, cost: Cost, grid: int, skip: bool | None, levels: int,
+                 caution: float) -> None:
         self.candidate, self.levels = candidate, levels
         m, n = candidate.m, candidate.n
         self.dense_cost = cost(candidate.members, 0, None)
-        self.dense_loss = float(candidate.losses(np.zeros(1, int), None)[0])
+        self.dense_loss = float(candidate.weighed(np.zeros(1, int), None, caution)[0])
         self.ranks: dict[bool, np.ndarray] = {}
         self.costs: dict[bool, np.ndarray] = {}
         """Of going from one rank to another, [from, to]; index 0 is no rank at all."""
@@ -128,7 +134,7 @@ class _Table:
             up = index[None, :] - index[:, None]
             self.ranks[form] = np.concatenate([[0], ranks])
             self.costs[form] = np.where((up >= 0) & (index[None, :] > 0), step[np.maximum(up, 0)], np.inf)
-            self.losses[form] = np.concatenate([[0.0], candidate.losses(ranks, form)])
+            self.losses[form] = np.concatenate([[0.0], candidate.weighed(ranks, form, caution)])
 
     def cheapest(self) -> _Way:
         """The lowest cost at every level."""
@@ -308,5 +314,17 @@ def _plan(ways: Sequence[_Way], levels: int) -> Plan:
                 from_level[layer.tensor] = stage.levels[0]
             else:
                 dense[layer.tensor] = WORTH_MORE
-    losses = _sum(ways).losses
-    return Plan(owners, dense, float(losses[-1]), tuple(float(loss) for loss in losses), from_level)
+    losses = [_predicted(ways, level) for level in range(levels)]
+    return Plan(owners, dense, losses[-1], float(_sum(ways).losses[-1]), tuple(losses), from_level)
+
+
+def _predicted(ways: Sequence[_Way], level: int) -> float:
+    """The loss of a level, without caution."""
+    ranks: dict[tuple[Layer, ...], int] = {}
+    forms: dict[tuple[Layer, ...], tuple[Candidate, Form]] = {}
+    for candidate, stage in (each for way in ways for each in way.stages):
+        if stage.levels[0] <= level <= stage.levels[1]:
+            ranks[candidate.members] = ranks.get(candidate.members, 0) + stage.rank
+            forms[candidate.members] = candidate, stage.skip
+    return sum(float(candidate.losses(np.array([ranks[members]]), form)[0])
+               for members, (candidate, form) in forms.items())

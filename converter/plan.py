@@ -54,6 +54,8 @@ class Plan:
     dense: dict[str, str]
     loss: float | None = None
     """Predicted, in the unit of the statistics; None where nobody predicted it."""
+    weighed: float | None = None
+    """What the allocation minimised: the loss with its caution."""
     level_losses: tuple[float, ...] = ()
     """The same of each level, where there are levels."""
     dense_from: dict[str, int] = field(default_factory=dict)

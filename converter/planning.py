@@ -26,6 +26,8 @@ from .statistics import BlockStatistics
 from .writer import factor_slots
 
 ALLOCATIONS = ("loss", *RULES)
+CAUTION = 30.0
+"""How much more a loss counts that takes all of its layers, where losses are weighed against each other."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def make_plan(
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     try:
         if allocation == "loss":
-            return allocate(groups, total, cost, grid, method.skip)
+            return allocate(groups, total, cost, grid, method.skip, CAUTION)
         if allocation == "uniform" and None in (method.share, method.skip):
             return _each_group(groups, total, cost, grid, method.skip)
         skip = method.skip if method.skip is not None else type_ in _WIDE
@@ -122,7 +124,7 @@ def make_level_plan(
     budgets = LevelBudgets(tuple(ratio * total for ratio in levels), (1 + spare) * levels[-1] * total)
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     try:
-        return allocate_levels(groups, budgets, cost, grid, method.skip)
+        return allocate_levels(groups, budgets, cost, grid, method.skip, CAUTION)
     except BudgetError as error:
         raise _unreachable(Budget("ratio", levels[0]), error, layers, grid) from None
 
