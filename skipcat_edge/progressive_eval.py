@@ -187,47 +187,58 @@ def _teacher_forced(model: Sequences, reference: Reference, start: int, chunks: 
 
     kl, same = np.empty((len(chunks), len(levels))), np.empty((len(chunks), len(levels)), bool)
     size = max(1, min(at_once, _REFERENCE_BYTES // (4 * model.n_vocab * len(levels))))
-    for first in range(0, len(chunks), size):
-        some = chunks[first : first + size]
-        theirs = np.empty((len(some), len(levels), model.n_vocab), np.float32)
-        for row, chunk in zip(theirs, some, strict=True):  # copied: the next call may overwrite it
-            row[:] = reference([start, *chunk[:-1]])[PROMPT_TOKENS:]
-        targets = np.array([chunk[PROMPT_TOKENS:] for chunk in some])
-
-        def visit(index: int, _: Sequence[int], logits: np.ndarray, rows: slice = slice(first, first + size),
-                  theirs: np.ndarray = theirs, targets: np.ndarray = targets) -> Sequence[int]:
-            found = compare_rows(logits, theirs[:, index], targets[:, index])
-            kl[rows, index], same[rows, index] = found.kl, found.same_top
-            return [int(token) for token in targets[:, index]]
-
-        _decode(model, [[start, *chunk[:PROMPT_TOKENS]] for chunk in some], levels, visit)
-        for _ in some:
+    theirs = np.empty((size, len(levels), model.n_vocab), np.float32)
+    for rows in (slice(first, first + size) for first in range(0, len(chunks), size)):
+        for logits, chunk in zip(theirs, chunks[rows], strict=False):  # copied: the next call overwrites it
+            logits[:] = reference([start, *chunk[:-1]])[PROMPT_TOKENS:]
+        _compare(model, start, chunks[rows], levels, theirs, kl[rows], same[rows])
+        for _ in chunks[rows]:
             advance()
     return kl, same
+
+
+def _compare(model: Sequences, start: int, chunks: Sequence[Sequence[int]], levels: Sequence[float],
+             theirs: np.ndarray, kl: np.ndarray, same: np.ndarray) -> None:
+    """Fill `kl` and `same`, from the reference's logits [prompts, tokens, vocabulary]."""
+    import numpy as np
+
+    targets = np.array([chunk[PROMPT_TOKENS:] for chunk in chunks])
+
+    def visit(index: int, numbers: Sequence[int], logits: np.ndarray) -> Sequence[int]:
+        found = compare_rows(logits, theirs[: len(numbers), index], targets[:, index])
+        kl[:, index], same[:, index] = found.kl, found.same_top
+        return [int(token) for token in targets[:, index]]
+
+    _decode(model, [[start, *chunk[:PROMPT_TOKENS]] for chunk in chunks], levels, visit)
 
 
 def _continuations(model: Sequences, prompts: Sequence[Sequence[int]], levels: Sequence[float], at_once: int,
                    advance: Callable[[], None]) -> list[str]:
     """The likeliest tokens after each prompt, until the text ends."""
-    llama_cpp = import_llama_cpp()
-    vocab = llama_cpp.llama_model_get_vocab(model.model)
     texts = []
     for first in range(0, len(prompts), at_once):
-        written: list[list[int]] = [[] for _ in prompts[first : first + at_once]]
-
-        def visit(_: int, numbers: Sequence[int], logits: np.ndarray,
-                  written: list[list[int]] = written) -> Sequence[int | None]:
-            chosen = [int(token) for token in logits.argmax(axis=1)]
-            going = [None if llama_cpp.llama_vocab_is_eog(vocab, token) else token for token in chosen]
-            for number, token in zip(numbers, going, strict=True):
-                written[number] += [] if token is None else [token]
-            return going
-
-        _decode(model, prompts[first : first + at_once], levels, visit)
-        for tokens in written:
+        for tokens in _continued(model, prompts[first : first + at_once], levels):
             texts.append(detokenize(model, tokens))
             advance()
     return texts
+
+
+def _continued(model: Sequences, prompts: Sequence[Sequence[int]],
+               levels: Sequence[float]) -> list[list[int]]:
+    llama_cpp = import_llama_cpp()
+    vocab = llama_cpp.llama_model_get_vocab(model.model)
+    written: list[list[int]] = [[] for _ in prompts]
+
+    def visit(_: int, numbers: Sequence[int], logits: np.ndarray) -> Sequence[int | None]:
+        chosen: list[int | None] = []
+        for number, token in zip(numbers, map(int, logits.argmax(axis=1)), strict=True):
+            ended = llama_cpp.llama_vocab_is_eog(vocab, token)
+            chosen.append(None if ended else token)
+            written[number] += [] if ended else [token]
+        return chosen
+
+    _decode(model, prompts, levels, visit)
+    return written
 
 
 def _ends(levels: Sequence[float], schedule: Schedule) -> list[int]:

@@ -40,14 +40,14 @@ EXPLANATION = f"""\
 After each prompt of {PROMPT_TOKENS} tokens {TOKENS} are computed one by one, and all rows of a model read \
 about the same bytes of weights for them on average. *{UNIFORM}*: a file of one level, ratio {AVERAGE:g}, \
 whose ranks follow the predicted loss. *{FLRC}*: the same with FLRC's allocation. The others are one file \
-with the levels {", ".join(f"{level:g}" for level in LEVELS)}: *{STEADY}* runs it at {AVERAGE:g}, *{DOWN}* by \
-the schedule `{FALLING}` (progressive decoding as FLRC has it) and *{UP}* by `{RISING}`.
+with the levels {", ".join(f"{level:g}" for level in LEVELS)}: *{STEADY}* runs it at {AVERAGE:g}, *{DOWN}* \
+by the schedule `{FALLING}` (progressive decoding as FLRC has it) and *{UP}* by `{RISING}`.
 
 Prompts have a file's full level, and so has token 0, which comes out of them: {LEVELS[-1]:g} in the file \
-with levels, {AVERAGE:g} in the others. KL is in nats per token from the dense F16 file, which is fed the same \
-tokens of the text; its thirds are the tokens that a schedule computes at one level. ROUGE-L is the F-measure \
-with what the dense file writes after the prompts. ± is one standard error over the prompts; *within the \
-error* are figures no farther apart than two of their errors together."""
+with levels, {AVERAGE:g} in the others. KL is in nats per token from the dense F16 file, which is fed the \
+same tokens of the text; its thirds are the tokens that a schedule computes at one level. ROUGE-L is the \
+F-measure with what the dense file writes after the prompts. ± is one standard error over the prompts; \
+*within the error* are figures no farther apart than two of their errors together."""
 
 
 @dataclass(frozen=True)

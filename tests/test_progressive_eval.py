@@ -144,6 +144,29 @@ def test_rouge_is_of_the_continuations(found: Any, expected: dict[str, np.ndarra
     assert found["rouge_l_se"] == pytest.approx(standard_error(values), abs=1e-9)
 
 
+def test_a_continuation_ends_where_its_text_does(leveled: Path, demo_dense_gguf: Path, story: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others of its batch go on. Here a full stop is the end of a text."""
+    import llama_cpp
+
+    texts, lengths = [], []
+    for path, levels in ((demo_dense_gguf, None), (leveled, LEVEL_OF)):
+        model = open_model(path, context=256, threads=1)
+        end = model.tokenize(b"home.", add_bos=False)[-1]
+        written = []
+        for chunk in spread(text_chunks(model, TEXT, WINDOW), 5):
+            tokens = decode(model, [start_token(model), *chunk[:PROMPT_TOKENS]], levels, None)[1]
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            lengths.append(len(tokens))
+            written.append(b"".join(model.detokenize([token]) for token in tokens).decode("utf-8", "replace"))
+        texts.append(written)
+        model.close()
+    assert len({*lengths}) > 2 and min(lengths) < TOKENS  # at different places
+    monkeypatch.setattr(llama_cpp, "llama_vocab_is_eog", lambda vocab, token: token == end)
+    found = measured(leveled, demo_dense_gguf, story, "--progressive", SCHEDULE, "--prompts", 5)
+    assert found["rouge_l"] == pytest.approx(np.mean([f_measure(*pair) for pair in zip(*texts, strict=True)]))
+
+
 def test_bytes_are_those_of_the_decoded_tokens(found: Any, leveled: Path) -> None:
     low, high = (weight_bytes_per_token(leveled, place) for place in range(2))
     assert found["bytes_per_token"] == pytest.approx((6 * low + 5 * high) / 11)
