@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-plan bench-instructions bench-quality soak-serve wheel phone test-arm clean
+.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-plan bench-instructions bench-quality bench-progressive soak-serve wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -30,6 +30,7 @@ help:
 	@echo "                   writes docs/instructions.md"
 	@echo "make soak-serve    fifty clients of \`skipcat-edge serve\` for five minutes"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
+	@echo "make bench-progressive  schedules of rank levels beside one level: writes docs/progressive.md"
 
 setup: $(VENV)/.runtime
 
@@ -94,6 +95,9 @@ bench-instructions: setup
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py
+
+bench-progressive: setup
+	$(BIN)/python tests/bench_progressive.py
 
 # before anything is installed
 .PHONY: a-device
