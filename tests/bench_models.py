@@ -58,7 +58,8 @@ def ideal(low_rank: Plan, dense: Plan, test: Test) -> float:
 
 def cached(model: Plan) -> Path:
     """Where the model's file is kept; other ranks at the same ratio are another file."""
-    return CACHE / f"{model.model.name}-{model.type.name}-{model.ratio:g}-{model.linear_parameters}.gguf"
+    ratios = "-".join(f"{ratio:g}" for ratio in model.levels or (model.ratio,))
+    return CACHE / f"{model.model.name}-{model.type.name}-{ratios}-{model.linear_parameters}.gguf"
 
 
 def write_model(model: Plan, source: str | None) -> None:
@@ -67,7 +68,9 @@ def write_model(model: Plan, source: str | None) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = ["--quant", model.type.name, "--ratio", str(model.ratio), "--seed", str(model.seed)]
+    ratio = (["--levels", ",".join(map(str, model.levels))] if model.levels
+             else ["--ratio", str(model.ratio)])
+    options = ["--quant", model.type.name, *ratio, "--seed", str(model.seed)]
     command = [sys.executable, "-c", "from skipcat_edge.cli import main; main()", "synth", model.model.name,
                "-o", str(path), *options, *(["--source", source] if source else [])]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
