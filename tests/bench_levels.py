@@ -47,13 +47,16 @@ of all turns with the least and the greatest, ratios medians of those of the sam
 a token reads. *bytes*: the full level's over this one's. *speed-up*: over the full level. *efficiency*: \
 speed-up over bytes; {target} is the target. A turn's seconds contain its switch."""
 OWN = """\
-Each level beside a file that has only that ratio: ratios are the level's over the file's. *per byte*: \
-decode times bytes. Ranks are whole blocks of the type, and so a level that adds to a lower one may not keep \
-what the file of its own does."""
+The second table sets each level beside a file that has only that ratio: its ratios are the level's over the \
+file's. *per byte*: decode times bytes. Ranks are whole blocks of the type, and so a level that adds to a \
+lower one may not keep what the file of its own does."""
 SWITCHES = """\
-*set*: the call that changes the level. *first*: the token after it, beside the median one at that level. \
-*cost*: the call and what the first token takes longer than its turn's median one, in tokens: below 1 is the \
-target. *without*: the same of the file of its own, where nothing changes."""
+The third table is what a switch takes. *set*: the call that changes the level. *first*: the token after it, \
+beside the median one at that level. *cost*: the call and what the first token takes longer than its turn's \
+median one, in tokens: below 1 is the target. *without*: the same of the file of its own, where nothing \
+changes."""
+Clock = Callable[[], float]
+"""Tells seconds."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ def prompt_s(turn: Turn) -> float:
 class Model:
     """A loaded file that takes turns."""
 
-    def __init__(self, path: Path, threads: int, tokens: int, prompt: int) -> None:
+    def __init__(self, path: Path, threads: int, tokens: int, prompt: int, clock: Clock) -> None:
+        self._clock = clock
         self._llama: Any = open_model(path, context=max(WARM_UP + tokens, prompt), threads=threads)
         self.levels = levels(self._llama)
         draw = random.Random(0)
@@ -129,9 +133,9 @@ class Model:
         clear(llama)
         for batch in self._tokens[:WARM_UP]:
             self._decode(batch)
-        started = time.perf_counter()
+        started = self._clock()
         set_level(llama, level)
-        switch = time.perf_counter() - started
+        switch = self._clock() - started
         tokens = tuple(self._decode(batch) for batch in self._tokens[WARM_UP:])
         clear(llama)
         return Turn(switch, tokens, self._decode(self._prompt))
@@ -139,10 +143,10 @@ class Model:
     def _decode(self, batch: Sequence[int]) -> float:
         llama_cpp = import_llama_cpp()
         array = (llama_cpp.llama_token * len(batch))(*batch)
-        started = time.perf_counter()
+        started = self._clock()
         code = llama_cpp.llama_decode(self._llama.ctx, llama_cpp.llama_batch_get_one(array, len(batch)))
         llama_cpp.llama_synchronize(self._llama.ctx)
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         if code:
             raise decode_error(f"llama_decode returned {code}")
         return seconds
@@ -168,12 +172,12 @@ class Others:
 
 
 def measure(file: Path, own: Sequence[Path], rounds: int, threads: int, tokens: int, prompt: int,
-            title: str) -> tuple[list[Subject], list[Subject]]:
+            title: str, clock: Clock = time.perf_counter) -> tuple[list[Subject], list[Subject]]:
     """The levels of `file`, and the files with one level of `own`, one for each of them in the same order."""
     with ExitStack() as stack, new_progress() as progress:
 
         def loaded(path: Path) -> Model:
-            model = Model(path, threads, tokens, prompt)
+            model = Model(path, threads, tokens, prompt, clock)
             stack.callback(model.close)
             return model
 
@@ -247,8 +251,14 @@ def crowd(share: float) -> str:
     """What to say of a machine of whose CPUs others used `share`."""
     if share <= BUSY:
         return f"Other processes used {share:.1%} of the CPUs meanwhile."
-    return (f"**The machine was not idle**: other processes used {share:.1%} of the CPUs meanwhile. "
-            "Turns spread this evenly, and so ratios hold better than tokens/s.")
+    return (f"**The machine was not idle**: other processes used {share:.1%} of the CPUs meanwhile. Below is "
+            "the same with one thread and the CPU's seconds instead of the clock's, which others hardly change.")
+
+
+def tell(report: Report, subjects: Sequence[Subject], own: Sequence[Subject], prompt: int) -> None:
+    report.table(speed_table(subjects, prompt))
+    report.table(own_table(subjects, own))
+    report.table(switch_table(subjects, own))
 
 
 def planned(model: str, type_name: str, ratios: Sequence[float]) -> Iterator[Plan]:
@@ -275,21 +285,23 @@ def main(model: str, types: str, ratios: str, tokens: int, prompt: int, rounds: 
     rising = parse_ratios(ratios, "--levels")[::-1]
     report = Report("Speed of levels", "make bench-levels")
     report.text(f"{machine()} {threads} threads, {rounds} rounds, {model} at the levels {ratios}.")
-    report.text(EXPLANATION.format(tokens=tokens, prompt=prompt, target=TARGET))
+    for text in (EXPLANATION.format(tokens=tokens, prompt=prompt, target=TARGET), OWN, SWITCHES):
+        report.text(text)
     for name in types.split(","):
         plans = list(planned(model, name, rising))
+        file, *own = map(cached, plans)
         with written(plans, source, keep):
             others = Others()
-            file, *own = map(cached, plans)
-            subjects, singles = measure(file, own, rounds, threads, tokens, prompt, f"{model} {name}")
+            found = measure(file, own, rounds, threads, tokens, prompt, f"{model} {name}")
             share = others.share()
-        report.heading(name)
-        report.text(crowd(share))
-        report.table(speed_table(subjects, prompt))
-        report.text(OWN)
-        report.table(own_table(subjects, singles))
-        report.text(SWITCHES)
-        report.table(switch_table(subjects, singles))
+            report.heading(f"{name}, {threads} threads")
+            report.text(crowd(share))
+            tell(report, *found, prompt)
+            if share > BUSY:
+                # one: several wait for each other, and waiting takes the CPU's time too
+                report.heading(f"{name}, 1 thread, CPU seconds")
+                tell(report, *measure(file, own, rounds, 1, tokens, prompt, f"{model} {name}, 1 thread",
+                                      time.process_time), prompt)
     if out:
         report.save(out)
 
