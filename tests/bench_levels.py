@@ -87,7 +87,6 @@ class Turn:
 class Subject:
     """A level of a file."""
 
-    name: str
     level: float
     nbytes: int
     """Of the weights that a token reads."""
@@ -182,9 +181,9 @@ def measure(file: Path, own: Sequence[Path], rounds: int, threads: int, tokens: 
             return model
 
         leveled = loaded(file)
-        pairs = [(Subject("levels", level, weight_bytes_per_token(file, place)), leveled)
+        pairs = [(Subject(level, weight_bytes_per_token(file, place)), leveled)
                  for place, level in enumerate(leveled.levels)]
-        singles = [(Subject("own", level, weight_bytes_per_token(path)), loaded(path))
+        singles = [(Subject(level, weight_bytes_per_token(path)), loaded(path))
                    for level, path in zip(leveled.levels, own, strict=True)]
         turns = [*pairs, *singles]
         task = progress.add_task(title, total=(rounds + 1) * len(turns))
@@ -252,7 +251,7 @@ def crowd(share: float) -> str:
     if share <= BUSY:
         return f"Other processes used {share:.1%} of the CPUs meanwhile."
     return (f"**The machine was not idle**: other processes used {share:.1%} of the CPUs meanwhile. Below is "
-            "the same with one thread and the CPU's seconds instead of the clock's, which others hardly change.")
+            "the same with one thread and the CPU's seconds instead of the clock's, which others hardly move.")
 
 
 def tell(report: Report, subjects: Sequence[Subject], own: Sequence[Subject], prompt: int) -> None:

@@ -17,8 +17,7 @@ from skipcat_edge.weight_types import weight_type
 
 def subject(level: float, nbytes: int, *turns: tuple[float, float, float]) -> Subject:
     """Turns of four tokens: seconds of the call, of the first token, and of each other one."""
-    return Subject("", level, nbytes,
-                   [Turn(call, (first, rest, rest, rest), 2.0) for call, first, rest in turns])
+    return Subject(level, nbytes, [Turn(call, (first, rest, rest, rest), 2.0) for call, first, rest in turns])
 
 
 def column(table: Table, index: int) -> list[str]:
