@@ -167,7 +167,7 @@ class Others:
         # what guests use is in `user` and `nice` too
         idle = sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
         own = psutil.Process().cpu_times()
-        return sum(times.values()) - idle - own.user - own.system
+        return float(sum(times.values()) - idle - own.user - own.system)
 
 
 def measure(file: Path, own: Sequence[Path], rounds: int, threads: int, tokens: int, prompt: int,
@@ -251,7 +251,7 @@ def crowd(share: float) -> str:
     if share <= BUSY:
         return f"Other processes used {share:.1%} of the CPUs meanwhile."
     return (f"**The machine was not idle**: other processes used {share:.1%} of the CPUs meanwhile. Below is "
-            "the same with one thread and the CPU's seconds instead of the clock's, which others hardly move.")
+            "the same with one thread and the CPU's seconds for the clock's, which others hardly move.")
 
 
 def tell(report: Report, subjects: Sequence[Subject], own: Sequence[Subject], prompt: int) -> None:
