@@ -1,4 +1,4 @@
-"""What the levels of one file lose beside files of their own: `make bench-level-quality`.
+"""What the levels of one file lose beside files of their own: `make bench-levels-quality`.
 
 Every level is measured beside a single-level file that reads as many parameters for a token, both from the
 same statistics. Needs ../shared.
@@ -55,11 +55,11 @@ def main(models: tuple[str, ...], types: str, levels: str, quick: bool, out: Pat
         raise click.ClickException(f"{SHARED} is missing; the shared data is needed.")
     ratios = tuple(float(level) for level in levels.split(","))
     scale = Scale(4_000, 1_000, 24, True) if quick else Scale(40_000, 10_000, 500)
-    report = Report("Quality of levels", "make bench-level-quality")
+    report = Report("Quality of levels", "make bench-levels-quality")
     report.text(f"{scale.calib_tokens:,} calibration tokens, {scale.eval_tokens:,} held-out ones (MiniLM: "
                 f"1,200 sentences and {scale.lines} held-out ones), one file with the levels {levels}.")
     report.text(EXPLANATION)
-    cache = ROOT / "build" / ("level-quality-quick" if quick else "level-quality")
+    cache = ROOT / "build" / ("levels-quality-quick" if quick else "levels-quality")
     names = types.split(",")
     with new_progress() as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("levels", total=len(models) * len(names) * (1 + len(ratios)))
