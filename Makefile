@@ -10,7 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO  := converter/demo
 BUILD := build/demo
 
-.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-plan bench-instructions bench-quality soak-serve wheel phone test-arm clean
+.PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-levels bench-plan bench-instructions \
+        bench-quality bench-levels-quality bench-progressive soak-serve wheel phone test-arm clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -25,11 +26,15 @@ help:
 	@echo "make golden        the models and logits of \`skipcat-edge runtime selftest\`, after a change of the demo model"
 	@echo "make native-tools  llama-bench, llama-perplexity and llama-quantize, stock and patched"
 	@echo "make bench-speed   decode and prompt speed beside stock llama.cpp: writes docs/speed.md; about 20 minutes"
+	@echo "make bench-levels  speed of a file's rank levels, and of switching: writes docs/levels-speed.md"
 	@echo "make bench-plan    predictions of \`skipcat-edge plan\` beside what bench measures: writes docs/plan.md"
 	@echo "make bench-instructions  what an Arm core executes per token, by emulation (apt install qemu-user):"
 	@echo "                   writes docs/instructions.md"
 	@echo "make soak-serve    fifty clients of \`skipcat-edge serve\` for five minutes"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
+	@echo "make bench-levels-quality  what the levels of one file lose beside files of their own:"
+	@echo "                   writes docs/levels-quality.md"
+	@echo "make bench-progressive  schedules of rank levels beside one level: writes docs/progressive.md"
 
 setup: $(VENV)/.runtime
 
@@ -83,6 +88,9 @@ native-tools: setup
 bench-speed: native-tools
 	$(BIN)/python tests/bench_speed.py --out docs/speed.md
 
+bench-levels: setup
+	$(BIN)/python tests/bench_levels.py --out docs/levels-speed.md
+
 bench-plan: setup
 	$(BIN)/python tests/bench_plan.py --out docs/plan.md
 
@@ -94,6 +102,12 @@ bench-instructions: setup
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py
+
+bench-levels-quality: setup
+	$(BIN)/python tests/bench_levels_quality.py --out docs/levels-quality.md
+
+bench-progressive: setup
+	$(BIN)/python tests/bench_progressive.py
 
 # before anything is installed
 .PHONY: a-device

@@ -44,14 +44,18 @@ class _Options:
     forms: tuple[Form, ...]
     costs: np.ndarray
     losses: np.ndarray
+    """Weighed."""
 
 
-def allocate(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | None = None) -> Plan:
+def allocate(
+    groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | None = None, caution: float = 0.0
+) -> Plan:
     """The ranks of least predicted loss whose cost is at most `budget`.
 
-    `skip` None: decided by loss and cost. Raises BudgetError if even the lowest ranks cost more.
+    `skip` None: decided by loss and cost. `caution`: see `Candidate.weighed`. Raises BudgetError if even the
+    lowest ranks cost more.
     """
-    tables = _tables(groups, cost, grid, skip)
+    tables = _tables(groups, cost, grid, skip, caution)
     chosen = _at_multiplier(tables, float("inf"))
     if _total(chosen) > budget:
         raise BudgetError(_total(chosen), budget)
@@ -68,22 +72,25 @@ def allocate(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | 
 
 def least_cost(groups: Groups, cost: Cost, grid: int, skip: bool | None = None) -> float:
     """The lowest budget that `allocate` takes."""
-    return _total(_at_multiplier(_tables(groups, cost, grid, skip), float("inf")))
+    return _total(_at_multiplier(_tables(groups, cost, grid, skip, 0.0), float("inf")))
 
 
-def _tables(groups: Groups, cost: Cost, grid: int, skip: bool | None) -> list[list[list[_Options]]]:
+def _tables(
+    groups: Groups, cost: Cost, grid: int, skip: bool | None, caution: float
+) -> list[list[list[_Options]]]:
     return [
-        [[_options(candidate, cost, grid, skip) for candidate in alternative] for alternative in group]
+        [[_options(candidate, cost, grid, skip, caution) for candidate in alternative]
+         for alternative in group]
         for group in groups
     ]
 
 
-def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None) -> _Options:
+def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None, caution: float) -> _Options:
     m, n = candidate.m, candidate.n
     dense_cost = cost(candidate.members, 0, None)
     ranks, costs = [0], [dense_cost]
     forms: list[Form] = [None]
-    losses = [float(candidate.losses(np.zeros(1, int), None)[0])]
+    losses = [float(candidate.weighed(np.zeros(1, int), None, caution)[0])]
     for form in (False, True) if skip is None else (skip,):
         tried = np.arange(grid, min(m, n - 1 if form else n) + 1, grid)
         prices = np.array([cost(candidate.members, int(rank), form) for rank in tried])
@@ -91,7 +98,7 @@ def _options(candidate: Candidate, cost: Cost, grid: int, skip: bool | None) -> 
         ranks += tried[saves].tolist()
         forms += [form] * int(saves.sum())
         costs += prices[saves].tolist()
-        losses += candidate.losses(tried[saves], form).tolist()
+        losses += candidate.weighed(tried[saves], form, caution).tolist()
     return _Options(candidate, np.array(ranks), tuple(forms), np.array(costs), np.array(losses))
 
 
@@ -146,12 +153,13 @@ def _filled(chosen: _Chosen, budget: float) -> _Chosen:
 def _plan(chosen: _Chosen) -> Plan:
     owners: list[PlannedOwner] = []
     dense: dict[str, str] = {}
-    loss = 0.0
+    loss = weighed = 0.0
     for options, pick in chosen:
         members, form = options.candidate.members, options.forms[pick]
-        loss += float(options.losses[pick])
+        loss += float(options.candidate.losses(options.ranks[pick : pick + 1], form)[0])
+        weighed += float(options.losses[pick])
         if form is None:
             dense.update({layer.tensor: WORTH_MORE for layer in members})
         else:
             owners.append(PlannedOwner(members, int(options.ranks[pick]), form))
-    return Plan(owners, dense, loss)
+    return Plan(owners, dense, loss, weighed)

@@ -44,6 +44,16 @@ class Candidate:
     def n(self) -> int:
         return self.members[0].n
 
+    def weighed(self, ranks: np.ndarray, form: Form, caution: float) -> np.ndarray:
+        """The same for choosing between candidates: a loss counts more, the more of the candidate it takes.
+
+        The prediction is of second order and from the sample that the factors were fitted to: large losses
+        come out larger than predicted (docs/quality.md).
+        """
+        losses = self.losses(ranks, form)
+        weighed: np.ndarray = losses * (1 + caution * losses / max(float(self.spectrum.sum()), 1e-300))
+        return weighed
+
     def losses(self, ranks: np.ndarray, form: Form) -> np.ndarray:
         """Predicted loss at each of `ranks` (dense: whatever the rank)."""
         tail = np.concatenate([np.cumsum(self.spectrum[::-1])[::-1], [0.0]])

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from gguf import GGUFReader, ReaderTensor
 
+from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 
 from .candidates import problem
 from .compensation import Compensation, CompressedInput
-from .factorize import DAMPING, Method, factorize
+from .factorize import DAMPING, Method
 from .layers import Layer
 from .plan import PlannedOwner
-from .quantized import Rounding, quantize_factors, quantize_matrix
+from .quantized import Rounding, quantize_matrix
+from .stages import FittedStage, fit_stage, fitted_levels, mixed_input, stages_below
 from .statistics import BlockStatistics
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
@@ -72,7 +74,10 @@ class Compressor:
     types: OutputTypes
     rounding: Rounding
     groups: list[tuple[Layer, ...]] = field(default_factory=list)
-    compensation: Compensation | None = None
+    level_weights: Sequence[float] = (1.0,)
+    """What the loss of each level counts where factors serve several; one for a file without levels."""
+    compensation: Sequence[Compensation] = ()
+    """The flows of each level; none without compensation."""
     reports: list[OwnerReport] = field(default_factory=list)
     damped: dict[str, float] = field(default_factory=dict)
     """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
@@ -93,8 +98,10 @@ class Compressor:
 
     def compress(self, layout: Layout) -> Callable[[PlannedOwner | Slot], list[np.ndarray] | None]:
         """What `write_file` asks for an item's bytes; None: it is rounded plainly."""
-        owners = [item for item in layout.order if isinstance(item, PlannedOwner)]
-        owner_of = {layer.tensor: owner for owner in owners for layer in owner.members}
+        owners: dict[str, list[PlannedOwner]] = {}
+        for owner in (item for item in layout.order if isinstance(item, PlannedOwner)):
+            for layer in owner.members:
+                owners.setdefault(layer.tensor, []).append(owner)
         slots = {item.name: item for item in layout.order if isinstance(item, Slot)}
 
         def ask(item: PlannedOwner | Slot) -> list[np.ndarray] | None:
@@ -105,46 +112,74 @@ class Compressor:
             if layer.index != self._block:
                 self._block, self._done = layer.index, {}
                 for group in (group for group in self.groups if group[0].index == layer.index):
-                    self._compress_group(group, owner_of, slots)
-            return self._done.pop(name, None)
+                    self._compress_group(group, owners, slots)
+            return self._done.pop(_key(item), None)
 
         return ask
 
     def _compress_group(
-        self, group: tuple[Layer, ...], owner_of: Mapping[str, PlannedOwner], slots: Mapping[str, Slot]
+        self, group: tuple[Layer, ...], owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
     ) -> None:
-        compressed = None if self.compensation is None else self.compensation.input_of(group)
+        inputs = [flow.input_of(group) for flow in self.compensation]
+        stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}
         for layer in group:
-            owner = owner_of.get(layer.tensor)
-            if owner is None:
-                self._dense(layer, slots[layer.tensor], compressed)
-            elif owner.members[0] == layer:
-                self._owner(owner, compressed)
+            own = owners.get(layer.tensor, [])
+            if own and own[0].members[0] == layer:
+                self._owners(own, inputs, stored)
+            if layer.tensor in slots:
+                factored = {level for owner in own for level in self._levels(owner)}
+                levels = [level for level in self._levels(None) if level not in factored]
+                self._dense(layer, slots[layer.tensor], inputs, levels, stored)
+        W = self.weights.block(group[0].index)
+        for level, flow in enumerate(self.compensation):
+            for layer in group:
+                parts = [part for levels, part in stored[layer.tensor] if level in levels]
+                if parts:
+                    flow.install(layer, W[layer.tensor], torch.stack(parts).sum(0))
 
-    def _owner(self, owner: PlannedOwner, compressed: CompressedInput | None) -> None:
-        first = owner.members[0]
+    def _levels(self, owner: PlannedOwner | None) -> range:
+        first, last = (owner and owner.levels) or (0, len(self.level_weights) - 1)
+        return range(first, last + 1)
+
+    def _mixed(self, inputs: Sequence[CompressedInput], levels: Sequence[int]) -> CompressedInput | None:
+        return mixed_input({level: inputs[level] for level in levels}, self.level_weights) if inputs else None
+
+    def _owners(
+        self, owners: Sequence[PlannedOwner], inputs: Sequence[CompressedInput],
+        stored: Mapping[str, list[tuple[range, torch.Tensor]]],
+    ) -> None:
+        """All factors of the same layers, those of lower levels first."""
+        first = owners[0].members[0]
         W = self.weights.block(first.index)
-        own = problem(owner.members, W, self.entries(first.index), self.method, compressed)
-        if own.damping > DAMPING:
-            self.damped[first.tensor] = own.damping
-        try:
-            factors = factorize(own.W, own.decomposition(), owner.rank, owner.skip)
-            quantized = quantize_factors(factors, own.W, own.H, owner.outputs, self.types.linear,
-                                         self.rounding)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{first.tensor} cannot be factored: {error}; "
-                            "use more calibration tokens or a lower ratio.") from None
-        self.reports.append(OwnerReport(owner, factors.error, float(factors.T.abs().max())))
-        self._done[first.tensor] = factor_data(quantized)
-        if self.compensation is not None:
-            for layer, stored in zip(owner.members, quantized.multiplied_out(), strict=True):
-                self.compensation.install(layer, W[layer.tensor], stored)
+        fitted: dict[PlannedOwner, FittedStage] = {}
+        for owner in sorted(owners, key=lambda owner: owner.levels or (0, 0)):
+            levels = fitted_levels(owner, owners, len(self.level_weights))
+            whole = problem(owner.members, W, self.entries(first.index), self.method,
+                            self._mixed(inputs, levels))
+            if whole.damping > DAMPING:
+                self.damped[first.tensor] = whole.damping
+            try:
+                stage = fit_stage(owner, whole, [fitted[each] for each in stages_below(owner, owners)],
+                                  self.types.linear, self.rounding)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{first.tensor} cannot be factored: {error}; "
+                                "use more calibration tokens or a lower ratio.") from None
+            fitted[owner] = stage
+            self.reports.append(OwnerReport(owner, stage.error, stage.largest_t))
+            self._done[_key(owner)] = factor_data(stage.quantized)
+            parts = torch.split(stage.taken_w, list(owner.outputs))
+            for layer, part in zip(owner.members, parts, strict=True):
+                stored[layer.tensor].append((self._levels(owner), part))
 
-    def _dense(self, layer: Layer, slot: Slot, compressed: CompressedInput | None) -> None:
+    def _dense(
+        self, layer: Layer, slot: Slot, inputs: Sequence[CompressedInput], levels: Sequence[int],
+        stored: Mapping[str, list[tuple[range, torch.Tensor]]],
+    ) -> None:
         if self.statistics is None:
             return
         W = self.weights.block(layer.index)[layer.tensor]
         base_type = self.weights.tensors[layer.tensor].tensor_type
+        compressed = self._mixed(inputs, levels)
         if compressed is None and slot.type == base_type:
             return
         H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H
@@ -152,5 +187,9 @@ class Compressor:
         matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding)
         assert matrix.type == slot.type, (slot.name, matrix.type, slot.type)
         self._done[layer.tensor] = [matrix.data]
-        if self.compensation is not None:
-            self.compensation.install(layer, W, matrix.dequantized())
+        stored[layer.tensor].append((range(levels[0], levels[-1] + 1), matrix.dequantized()))
+
+
+def _key(item: PlannedOwner | Slot) -> str:
+    """Of an item's bytes."""
+    return fmt.lr_a_name(item.block, item.name, item.levels) if isinstance(item, PlannedOwner) else item.name

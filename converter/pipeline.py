@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .compression import Compressor, OwnerReport, Weights
 from .factorize import Method
 from .layers import LayerMap, map_layers
 from .plan import Plan, plan_uniform
-from .planning import Budget, make_plan, measure_groups
+from .planning import Budget, make_level_plan, make_plan, measure_groups
 from .quantized import Rounding
 from .source_model import SourceModel
 from .statistics_file import Statistics
@@ -51,6 +52,10 @@ class ConvertOptions:
     """Bytes of the whole file."""
     bpw: float | None = None
     """Bits per dense weight of the linear layers."""
+    levels: tuple[float, ...] = ()
+    """Ratios of the file's levels, rising; `ratio` is the last. None for a file without levels."""
+    level_overhead: float = 0.1
+    """Parameters that the file may hold beyond those that its last level reads, as a share of these."""
     allocation: str | None = None
     """None: the method's own."""
     grid: int | None = None
@@ -94,6 +99,18 @@ class ConvertOptions:
         return self.calibration is not None or self.stats is not None
 
 
+@dataclass(frozen=True)
+class LevelResult:
+    """One level of what was written."""
+
+    ratio: float
+    """Asked for; the level's name."""
+    kept: float
+    """What it reads of the layers that could be factored, over their dense parameters."""
+    loss: float
+    """Predicted, before compensation, in the unit of the statistics."""
+
+
 @dataclass
 class ConvertResult:
     """What was written."""
@@ -103,7 +120,9 @@ class ConvertResult:
     dense: dict[str, str] = field(default_factory=dict)
     """Linear layers that stayed dense -> why."""
     kept: float = 1.0
-    """Stored over dense parameters of the layers that could be factored."""
+    """Stored over dense parameters of the layers that could be factored; of the last level, where there are
+    levels."""
+    levels: tuple[LevelResult, ...] = ()
     calibration_tokens: int = 0
     calibration_sha256: str | None = None
     """Of the text; None where it is not known."""
@@ -158,12 +177,20 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
                                 layers.groups)
         plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase, measured)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
-        result.kept = _kept(layers, plan)
+        last = max(0, len(options.levels) - 1)
+        result.kept = _kept(layers, plan, last)
+        if plan.level_losses:
+            result.levels = tuple(
+                LevelResult(ratio, _kept(layers, plan, level), loss) for level, (ratio, loss)
+                in enumerate(zip(options.levels, plan.level_losses, strict=True)))
+            compressor.level_weights = [1 / max(loss, 1e-3 * max(plan.level_losses), 1e-30)
+                                        for loss in plan.level_losses]
         if statistics is not None and options.method.compensate and options.compensate:
             result.not_compensated = "no --calibration was given"
         if options.compensated and layers.groups:
             compressor.compensation, result.not_compensated = _compensation(
-                options, layers, weights.block(layers.groups[0][0].index), model, phase)
+                options, layers, weights.block(layers.groups[0][0].index), model, phase,
+                len(compressor.level_weights))
         _write(options, reader, layers, plan, compressor, partial, phase)
         result.owners, result.damped = compressor.reports, compressor.damped
         result.output_bytes = partial.stat().st_size
@@ -211,14 +238,20 @@ def _statistics(
 
 def _compensation(
     options: ConvertOptions, layers: LayerMap, weights: dict[str, torch.Tensor],
-    model: SourceModel | None, phase: Phase,
-) -> tuple[Compensation | None, str]:
+    model: SourceModel | None, phase: Phase, levels: int,
+) -> tuple[list[Compensation], str]:
+    """The flows of every level, or why there are none."""
     assert options.calibration is not None and model is not None
-    with phase("Reading the text", 1) as advance:
+    flows: list[Compensation] = []
+    with phase("Reading the text", levels) as advance:
         calibration = load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
-        found = open_compensation(model, layers, calibration, weights)
-        advance(1)
-    return (None, found) if isinstance(found, str) else (found, "")
+        for _ in range(levels):
+            found = open_compensation(model, layers, calibration, weights)
+            if isinstance(found, str):
+                return [], found
+            flows.append(found)
+            advance(1)
+    return flows, ""
 
 
 def _plan(
@@ -242,7 +275,10 @@ def _plan(
                 groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, metric,
                                         options.rounding, lambda: advance(1))
             known[type_, metric, options.rounding] = groups
-        plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
+        if options.levels:
+            plan = make_level_plan(groups, method, options.levels, options.level_overhead, type_, grid)
+        else:
+            plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
         reasons = Counter({**layers.dense, **plan.dense}.values()).most_common(1)
         reason = reasons[0][0] if reasons else "it has no linear layers that the runtime factors"
@@ -264,22 +300,28 @@ def _budget(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> Bu
     return Budget("file", options.budget, fixed + metadata_bytes(reader, layers))
 
 
-def _kept(layers: LayerMap, plan: Plan) -> float:
-    total = sum(layer.m * layer.n for group in layers.groups for layer in group)
-    saved = sum(owner.dense_parameters - owner.parameters for owner in plan.owners)
-    return 1 - saved / total if total else 1.0
+def _kept(layers: LayerMap, plan: Plan, level: int) -> float:
+    """What the level reads, over the dense parameters."""
+    wanted = [layer for group in layers.groups for layer in group]
+    total = sum(layer.m * layer.n for layer in wanted)
+    used = [owner for owner in plan.owners
+            if owner.levels is None or owner.levels[0] <= level <= owner.levels[1]]
+    factored = {layer.tensor for owner in used for layer in owner.members}
+    read = sum(owner.parameters for owner in used)
+    read += sum(layer.m * layer.n for layer in wanted if layer.tensor not in factored)
+    return 1 - (total - read) / total if total else 1.0
 
 
 def _write(
     options: ConvertOptions, reader: GGUFReader, layers: LayerMap, plan: Plan, compressor: Compressor,
     partial: Path, phase: Phase,
 ) -> None:
-    layout = make_layout(reader, plan.owners, options.types, compressor.calibrated)
+    layout = make_layout(reader, plan.owners, options.types, compressor.calibrated, plan.dense_from)
     if plan.owners:
         # what was asked; what came out where bytes were asked for
         by_ratio = options.budget is None and options.bpw is None
-        ratio = options.ratio if by_ratio else _kept(layers, plan)
-        metadata = _metadata(options, layers, compressor.statistics, ratio)
+        ratio = options.ratio if by_ratio else _kept(layers, plan, 0)
+        metadata = _metadata(options, layers, compressor.statistics, ratio, plan.level_losses)
     else:
         architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
         metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
@@ -291,18 +333,27 @@ def _write(
 
 
 def _metadata(
-    options: ConvertOptions, layers: LayerMap, statistics: Statistics | None, ratio: float
+    options: ConvertOptions, layers: LayerMap, statistics: Statistics | None, ratio: float,
+    level_losses: Sequence[float],
 ) -> dict[str, tuple[Any, GGUFValueType]]:
     known = statistics.provenance if statistics else None
+    levels: dict[str, tuple[Any, GGUFValueType]] = {} if not options.levels else {
+        fmt.KEY_LEVELS: (list(options.levels), GGUFValueType.FLOAT32),
+        fmt.KEY_LEVELS_LOSS: (list(level_losses), GGUFValueType.FLOAT32),
+    }
+    version, runtime = (
+        (fmt.LEVELS_FORMAT_VERSION, fmt.LEVELS_RUNTIME_MIN) if levels else
+        (fmt.FORMAT_VERSION, fmt.RUNTIME_MIN))
     return {
         **_calibration_keys(statistics),
         fmt.KEY_ARCHITECTURE: (fmt.ARCHITECTURE_PREFIX + layers.architecture, GGUFValueType.STRING),
-        fmt.KEY_FORMAT_VERSION: (fmt.FORMAT_VERSION, GGUFValueType.UINT32),
-        fmt.KEY_RUNTIME_MIN: (fmt.RUNTIME_MIN, GGUFValueType.STRING),
+        fmt.KEY_FORMAT_VERSION: (version, GGUFValueType.UINT32),
+        fmt.KEY_RUNTIME_MIN: (runtime, GGUFValueType.STRING),
         fmt.KEY_RATIO: (ratio, GGUFValueType.FLOAT32),
         fmt.KEY_METHOD: (options.method.name, GGUFValueType.STRING),
         fmt.KEY_SOURCE_NAME: (options.source_name or options.source.resolve().name, GGUFValueType.STRING),
         fmt.KEY_SEED: ((known and known.seed) or options.seed or 0, GGUFValueType.UINT32),
+        **levels,
     }
 
 

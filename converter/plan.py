@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skipcat_edge import format as fmt
 from skipcat_edge.ranks import uniform_rank
@@ -18,6 +18,8 @@ class PlannedOwner:
     members: tuple[Layer, ...]
     rank: int
     skip: bool
+    levels: fmt.Levels | None = None
+    """The first and the last level that use it; None: all."""
 
     @property
     def name(self) -> str:
@@ -52,6 +54,12 @@ class Plan:
     dense: dict[str, str]
     loss: float | None = None
     """Predicted, in the unit of the statistics; None where nobody predicted it."""
+    weighed: float | None = None
+    """What the allocation minimised: the loss with its caution."""
+    level_losses: tuple[float, ...] = ()
+    """The same of each level, where there are levels."""
+    dense_from: dict[str, int] = field(default_factory=dict)
+    """Layers that are factored at lower levels only -> the first level that uses them dense."""
 
 
 def plan_uniform(

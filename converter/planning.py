@@ -18,6 +18,7 @@ from .allocation import BudgetError, Cost, Groups, allocate, least_cost
 from .candidates import Candidate, Form, alternatives, measure, problem
 from .factorize import Method
 from .layers import Layer, LayerMap
+from .level_allocation import LevelBudgets, allocate_levels
 from .named_allocations import RULES, allocate_by_rule
 from .plan import Plan, PlannedOwner
 from .quantized import Rounding
@@ -25,6 +26,8 @@ from .statistics import BlockStatistics
 from .writer import factor_slots
 
 ALLOCATIONS = ("loss", *RULES)
+CAUTION = 30.0
+"""How much more a loss counts that takes all of its layers, where losses are weighed against each other."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,42 @@ def make_plan(
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     try:
         if allocation == "loss":
-            return allocate(groups, total, cost, grid, method.skip)
+            return allocate(groups, total, cost, grid, method.skip, CAUTION)
         if allocation == "uniform" and None in (method.share, method.skip):
             return _each_group(groups, total, cost, grid, method.skip)
         skip = method.skip if method.skip is not None else type_ in _WIDE
         candidates = [candidate for group in groups for candidate in group[0 if method.share else -1]]
         return allocate_by_rule(candidates, RULES[allocation], total, cost, grid, skip)
     except BudgetError as error:
-        raise UnreachableError(
-            f"{str(budget).capitalize()} is too little: with the lowest ranks on the grid of {grid}, "
-            f"{_least(budget, error.least, layers)} is the smallest possible; "
-            "raise it, or choose a --quant with a smaller block."
-        ) from None
+        raise _unreachable(budget, error, layers, grid) from None
+
+
+def make_level_plan(
+    groups: Groups, method: Method, levels: Sequence[float], spare: float, type_: GGMLQuantizationType,
+    grid: int | None = None,
+) -> Plan:
+    """The plan of a file whose levels keep these ratios, ascending.
+
+    `spare`: how much more parameters than its last level reads the file may hold, as a share. Raises
+    UnreachableError if the first ratio is below the lowest that there is.
+    """
+    layers = _layers(groups)
+    cost, _ = cost_of(Budget("ratio", levels[0]), layers, type_)
+    total = cost_of_all(layers, cost)
+    budgets = LevelBudgets(tuple(ratio * total for ratio in levels), (1 + spare) * levels[-1] * total)
+    grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
+    try:
+        return allocate_levels(groups, budgets, cost, grid, method.skip, CAUTION)
+    except BudgetError as error:
+        raise _unreachable(Budget("ratio", levels[0]), error, layers, grid) from None
+
+
+def _unreachable(budget: Budget, error: BudgetError, layers: Sequence[Layer], grid: int) -> UnreachableError:
+    return UnreachableError(
+        f"{str(budget).capitalize()} is too little: with the lowest ranks on the grid of {grid}, "
+        f"{_least(budget, error.least, layers)} is the smallest possible; "
+        "raise it, or choose a --quant with a smaller block."
+    )
 
 
 def _layers(groups: Groups) -> list[Layer]:

@@ -96,12 +96,13 @@ def factor_slots(owner: PlannedOwner, type_: GGMLQuantizationType) -> list[Slot]
     columns = n - rank if owner.skip else n
     slots = []
     if owner.skip:
-        name = fmt.skip_mask_name(owner.block, owner.name)
+        name = fmt.skip_mask_name(owner.block, owner.name, owner.levels)
         slots.append(Slot(name, (-(-n // 32),), GGMLQuantizationType.I32))
-    a_name = fmt.lr_a_name(owner.block, owner.name)
+    a_name = fmt.lr_a_name(owner.block, owner.name, owner.levels)
     slots.append(Slot(a_name, (rank, columns), fmt.factor_type(type_, columns)))
     slots += [
-        Slot(fmt.lr_b_name(layer.index, layer.member), (layer.m, rank), fmt.factor_type(type_, rank))
+        Slot(fmt.lr_b_name(layer.index, layer.member, owner.levels), (layer.m, rank),
+             fmt.factor_type(type_, rank))
         for layer in owner.members
     ]
     return slots
@@ -132,25 +133,30 @@ class Layout:
 
 
 def make_layout(
-    reader: GGUFReader, owners: list[PlannedOwner], types: OutputTypes, calibrated: Container[str] = ()
+    reader: GGUFReader, owners: list[PlannedOwner], types: OutputTypes, calibrated: Container[str] = (),
+    also_dense: Container[str] = (),
 ) -> Layout:
     """Lay the file out: an owner's factors stand where its first member stood.
 
     `calibrated`: the tensors whose inputs have statistics; only they can have a type that needs importances.
+    `also_dense`: members that the file holds dense too, for some levels.
     """
-    owner_of = {layer.tensor: owner for owner in owners for layer in owner.members}
+    owners_of: dict[str, list[PlannedOwner]] = {}
+    for owner in owners:
+        for layer in owner.members:
+            owners_of.setdefault(layer.tensor, []).append(owner)
     order: list[Slot | PlannedOwner] = []
     dense: dict[str, ReaderTensor] = {}
     placed: set[int] = set()
     for tensor in sorted(reader.tensors, key=lambda tensor: block_of(tensor.name)):
-        owner = owner_of.get(tensor.name)
-        if owner is None:
+        for owner in owners_of.get(tensor.name, []):
+            if id(owner) not in placed:
+                placed.add(id(owner))
+                order.append(owner)
+        if tensor.name not in owners_of or tensor.name in also_dense:
             dense[tensor.name] = tensor
             shape = tuple(int(size) for size in reversed(tensor.shape))
             order.append(Slot(tensor.name, shape, output_type(tensor, types, tensor.name in calibrated)))
-        elif id(owner) not in placed:
-            placed.add(id(owner))
-            order.append(owner)
     return Layout(dense, order, types)
 
 
@@ -179,8 +185,8 @@ def write_file(
     """Write `layout` to `path`. `compress` gives the bytes of an owner (as `factor_data`) or of a
     dense tensor; None: that tensor is rounded plainly. It is called in the layout's order.
 
-    `metadata` replaces and extends the base file's keys. Raises UserError where a weight is
-    not finite, OSError where the disk is full.
+    `metadata` replaces and extends the base file's keys; a list's type is that of its elements. Raises
+    UserError where a weight is not finite, OSError where the disk is full.
     """
     writer = GGUFWriter(path, str(metadata[fmt.KEY_ARCHITECTURE][0]))
     try:
@@ -231,7 +237,10 @@ def _copy_metadata(
         sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
     for name, (value, type_) in replaced.items():
-        writer.add_key_value(name, value, type_)
+        if isinstance(value, list):
+            writer.add_key_value(name, value, GGUFValueType.ARRAY, sub_type=type_)
+        else:
+            writer.add_key_value(name, value, type_)
 
 
 def file_type(type_: GGMLQuantizationType) -> LlamaFileType:

@@ -1,7 +1,7 @@
 """skipcat-edge: low-rank language models for small devices.
 
 What the commands do, from Python: `convert`, `inspect`, `bench`, `evaluate` and `plan` return dataclasses,
-print nothing, and raise `UserError` for what a caller can mend.
+print nothing, and raise `UserError` for what a caller can mend. `set_level` turns a loaded model's speed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from skipcat_edge.errors import UserError
     from skipcat_edge.evaluation import evaluate
     from skipcat_edge.inspection import inspect
+    from skipcat_edge.levels import set_level
     from skipcat_edge.planner import plan
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "bench", "convert", "evaluate", "inspect", "plan"]
+__all__ = ["UserError", "bench", "convert", "evaluate", "inspect", "plan", "set_level"]
 
 _MODULES = {"UserError": "errors", "bench": "benchmark", "convert": "conversion", "evaluate": "evaluation",
-            "inspect": "inspection", "plan": "planner"}
+            "inspect": "inspection", "plan": "planner", "set_level": "levels"}
 
 
 def __getattr__(name: str) -> Any:

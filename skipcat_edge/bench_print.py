@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcat_edge.bench_rows import Change
+from skipcat_edge.bench_rows import Change, Row
 from skipcat_edge.benchmark import Result, Spread
 from skipcat_edge.terminal import decimal_bytes, new_table, ranges
 
@@ -21,13 +21,15 @@ def table_of(results: Sequence[Result]) -> Table:
     from rich.markup import escape
 
     several = len({result.threads for result in results}) > 1
-    table = new_table("file", *(["threads"] if several else []), "size", "load", "peak memory", "allocated",
-                      "prompt tokens/s", "x", "first token", "decode tokens/s", "x", "GB/s")
+    leveled = any(map(_level, results))
+    table = new_table("file", *(["level"] if leveled else []), *(["threads"] if several else []),
+                      "size", "load", "peak memory", "allocated", "prompt tokens/s", "x", "first token",
+                      "decode tokens/s", "x", "GB/s")
     first = results[0]
     for result in results:
         table.add_row(
-            escape(Path(result.file).name), *([str(result.threads)] if several else []),
-            decimal_bytes(result.file_bytes),
+            escape(Path(result.file).name), *([_level(result) or "-"] if leveled else []),
+            *([str(result.threads)] if several else []), decimal_bytes(result.file_bytes),
             "-" if result.load_s is None else f"{result.load_s:.2f} s",
             "-" if result.peak_rss_bytes is None else decimal_bytes(result.peak_rss_bytes),
             "-" if result.allocated_bytes is None else decimal_bytes(result.allocated_bytes),
@@ -59,16 +61,16 @@ def sentences(results: Sequence[Result]) -> Iterator[str]:
         yield f"The machine slowed itself down ({', '.join(conditions.throttled)}): the figures are too low."
     for result in results:
         if result.decode_tps is None:
-            yield f"{result.file} has no decoder: only its prompt speed is measured."
+            yield f"{_named(result)} has no decoder: only its prompt speed is measured."
         if result.steadiness < _STEADY:
-            yield (f"{result.file}: {1 - result.steadiness:.0%} slower in the last repetition than in the "
+            yield (f"{_named(result)}: {1 - result.steadiness:.0%} slower in the last repetition than in the "
                    "first; the machine may throttle or be busy.")
 
 
 def _fastest(results: Sequence[Result]) -> Iterator[str]:
     """Which number of threads suits each file, of several."""
-    for file in dict.fromkeys(result.file for result in results):
-        own = [result for result in results if result.file == file]
+    for file in dict.fromkeys(map(_named, results)):
+        own = [result for result in results if _named(result) == file]
         if len({result.threads for result in own}) < 2:
             continue
         best = max(own, key=lambda result: result.prompt_tps.median).threads
@@ -96,16 +98,35 @@ def change_table(changes: Sequence[Change]) -> Table:
     """Speeds over those of an earlier run."""
     from rich.markup import escape
 
-    table = new_table("file", "threads", "prompt x", "decode x", "not as it was")
+    leveled = any(_row_level(change.row) != "-" for change in changes)
+    table = new_table("file", *(["level"] if leveled else []), "threads", "prompt x", "decode x",
+                      "not as it was")
     for change in changes:
         known = change.prompt is not None or change.decode is not None
         table.add_row(
-            escape(Path(change.row["file"]).name), str(change.row["threads"]),
+            escape(Path(change.row["file"]).name), *([_row_level(change.row)] if leveled else []),
+            str(change.row["threads"]),
             "-" if change.prompt is None else f"{change.prompt:.2f}",
             "-" if change.decode is None else f"{change.decode:.2f}",
             escape("; ".join(change.differences)) if known else "not measured then",
         )
     return table
+
+
+def _level(result: Result) -> str:
+    if result.progressive is not None:
+        return result.progressive
+    return "" if result.rank_level is None else f"{result.rank_level:g}"
+
+
+def _row_level(row: Row) -> str:
+    level = row["rank_level"]
+    return str(row["progressive"] or ("-" if level is None else f"{level:g}"))
+
+
+def _named(result: Result) -> str:
+    """The file, and the level where it has one."""
+    return f"{result.file} at level {_level(result)}" if _level(result) else result.file
 
 
 def _threads(count: int) -> str:

@@ -35,9 +35,10 @@ class BenchProcess:
         self.buffers: dict[str, int] = loaded["buffers"]
         self.context: int = loaded["context"]
 
-    def measure(self, threads: int) -> dict[str, float | None]:
+    def measure(self, threads: int, level: float | None = None,
+                schedule: str | None = None) -> dict[str, float | None]:
         """Seconds of one repetition: `prompt_s` and `decode_s`. Raises UserError if the process fails."""
-        return self._ask(json.dumps({"threads": threads}))
+        return self._ask(json.dumps({"threads": threads, "level": level, "schedule": schedule}))
 
     def finish(self) -> int:
         """End the process; the most bytes that it had resident. Raises UserError if it fails."""

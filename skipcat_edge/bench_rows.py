@@ -57,6 +57,7 @@ def rows_of(results: Sequence[Result], setting: Setting) -> list[Row]:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [{
         "file": result.file, "file_bytes": result.file_bytes,
+        "rank_level": result.rank_level, "progressive": result.progressive,
         "threads": result.threads, "prompt_tokens": result.prompt_tokens, "gen_tokens": result.gen_tokens,
         "repetitions": result.repetitions,
         **_spread("prompt_tps", result.prompt_tps), **_spread("first_token_s", result.first_token_s),
@@ -133,9 +134,10 @@ class Change:
 
 
 def changes(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Change]:
-    """Each of `rows` beside the last one of `earlier` with the same file name, prompt, tokens and threads."""
+    """Each of `rows` beside the last one of `earlier` with its file name, level, tokens and threads."""
     def key(row: Row) -> tuple[Any, ...]:
-        return (Path(row["file"]).name, *(row[name] for name in _SAME))
+        levels = (row.get(name) for name in ("rank_level", "progressive"))  # older rows have none
+        return (Path(row["file"]).name, *(row[name] for name in _SAME), *levels)
 
     before = {key(row): row for row in earlier}
     found = []

@@ -5,7 +5,7 @@ is a `Job`; each further line asks for one measurement, and the end of the input
 
     -> {"file": ..., "prompt_tokens": ..., "gen_tokens": ..., "threads": ...}
     <- {"load_s": ..., "buffers": bytes by name, "context": tokens}
-    -> {"threads": ...}
+    -> {"threads": ..., "level": ratio or null, "schedule": as --progressive or null}
     <- {"prompt_s": ..., "decode_s": ... or null}
     -> end of input
     <- {"peak_rss_bytes": ...}
@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from skipcat_edge.decoding import time_batches
 from skipcat_edge.errors import UserError
+from skipcat_edge.levels import parse_schedule, set_level
 from skipcat_edge.llama_log import keep_log
 from skipcat_edge.session import BATCH, import_llama_cpp, model_info, open_embedding, open_model
 
@@ -70,12 +71,26 @@ class Measurer:
         if not info.embedding:
             self._decode = [[draw.randrange(vocabulary)] for _ in range(job.gen_tokens)]
 
-    def measure(self, threads: int) -> dict[str, float | None]:
-        """Seconds of one prompt in one batch, and of tokens one by one, each from an empty cache."""
-        import_llama_cpp().llama_set_n_threads(self._llama.ctx, threads, threads)
+    def measure(self, threads: int, level: float | None = None,
+                schedule: str | None = None) -> dict[str, float | None]:
+        """Seconds of one prompt in one batch, and of tokens one by one, each from an empty cache.
+
+        All at `level`, None for the only one, but where `schedule` sets the level of each of the latter.
+        """
+        llama, turn = self._llama, None
+        import_llama_cpp().llama_set_n_threads(llama.ctx, threads, threads)
+        if level is not None:
+            set_level(llama, level)
+        if schedule is not None:
+            steps = dict(parse_schedule(schedule).steps)
+
+            def turn(index: int) -> None:
+                if index in steps:
+                    set_level(llama, steps[index])
+
         return {
-            "prompt_s": time_batches(self._llama, [self._prompt]),
-            "decode_s": None if self._decode is None else time_batches(self._llama, self._decode),
+            "prompt_s": time_batches(llama, [self._prompt]),
+            "decode_s": None if self._decode is None else time_batches(llama, self._decode, turn=turn),
         }
 
 

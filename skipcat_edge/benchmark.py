@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from skipcat_edge.bench_process import BenchProcess
 from skipcat_edge.bench_worker import Job
 from skipcat_edge.conditions import Conditions, conditions, look
 from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.gguf_file import require_gguf
+from skipcat_edge.levels import Schedule, file_levels, require_level
 from skipcat_edge.session import default_threads
 from skipcat_edge.traffic import weight_bytes_per_token
 
@@ -61,6 +62,10 @@ class Result:
     """Weights, and on average keys and values, that decoding a token reads."""
     read_bandwidth: float | None = None
     """Bytes per second that as many threads read from this machine's memory."""
+    rank_level: float | None = None
+    """The level, of a file that has several."""
+    progressive: str | None = None
+    """Which level decoded which token, as in --progressive; the prompt's was `rank_level`."""
 
     @property
     def first_token_s(self) -> Spread:
@@ -94,17 +99,19 @@ def steadiness(*speeds: Sequence[float]) -> float:
 
 def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: int = 64,
           threads: Sequence[int] = (), repetitions: int = 5, bandwidth: Callable[[int], float] | None = None,
+          rank_level: float | Literal["all"] | None = None, progressive: Schedule | None = None,
           advance: Callable[[str], None] = lambda _: None) -> list[Result]:
     """Measure `files` with each number of `threads` (none: one for each physical core), one process each, one
-    repetition of each in turn, after a warm-up of each.
+    repetition of each in turn, after a warm-up of each; at `rank_level`, at each of their levels in turn for
+    "all", or decoding as `progressive` says.
 
     Turns spread the machine's moods evenly, so that files can be compared. `advance` hears the file before
     each of the `steps` steps. Prompt: `prompt_tokens` random tokens in one batch; decode: `gen_tokens` tokens
     one by one; both from an empty cache. `bandwidth`: tells the bytes per second that a number of threads
     read from memory, and is asked before the files are loaded.
 
-    Returns a result for each file and number of threads, files first. Raises UserError if there is no file,
-    one cannot be loaded, a process fails, or a number is out of range.
+    Returns a result for each file, number of threads and level, in this order. Raises UserError if there is
+    no file, one cannot be loaded or has no such level, a process fails, or a number is out of range.
     """
     names = [str(files)] if isinstance(files, str | Path) else [str(file) for file in files]
     if not names:
@@ -114,6 +121,8 @@ def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128,
                      threads=min(threads))
     for name in names:
         require_gguf(Path(name))
+    levels = {name: bench_levels(Path(name), rank_level, progressive) for name in names}
+    schedule = None if progressive is None else str(progressive)
     read_bandwidths = {count: bandwidth(count) for count in threads} if bandwidth else {}
     with ExitStack() as stack:
         subjects: list[_Subject] = []
@@ -124,31 +133,49 @@ def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128,
         before = look()
         for repetition in range(repetitions + 1):
             for count in threads if repetition else threads[:1]:
-                for subject in subjects:
+                for subject, level in ((each, level) for each in subjects for level in levels[each.file]):
                     advance(subject.file)
-                    seconds = subject.process.measure(count)
+                    seconds = subject.process.measure(count, level, schedule)
                     if repetition:  # else a warm-up
-                        subject.seconds.setdefault(count, []).append(seconds)
+                        subject.seconds.setdefault((count, level), []).append(seconds)
         around = conditions(before, look())
         return [result for subject in subjects for result in _results(
-            subject, prompt_tokens, gen_tokens, around, read_bandwidths)]
+            subject, prompt_tokens, gen_tokens, around, read_bandwidths, progressive)]
+
+
+def bench_levels(path: Path, rank_level: float | Literal["all"] | None,
+                 progressive: Schedule | None) -> list[float | None]:
+    """The levels that `path` is measured at: those that are wished for, else the full one; [None] for a file
+    without levels. Raises UserError where it has no such level, and as `file_levels`."""
+    known = file_levels(path)
+    if progressive is not None:
+        progressive.checked(path, known)
+    chosen = known if rank_level == "all" else known[-1:] if rank_level is None else (
+        require_level(path, known, rank_level),)
+    return list(chosen) if len(known) > 1 else [None]
 
 
 @dataclass
 class _Subject:
     file: str
     process: BenchProcess
-    seconds: dict[int, list[dict[str, float | None]]] = field(default_factory=dict)
-    """By number of threads, one for each repetition."""
+    seconds: dict[tuple[int, float | None], list[dict[str, float | None]]] = field(default_factory=dict)
+    """By number of threads and level, one for each repetition."""
 
 
 def _results(subject: _Subject, prompt_tokens: int, gen_tokens: int, around: Conditions,
-             read_bandwidths: Mapping[int, float]) -> Iterator[Result]:
+             read_bandwidths: Mapping[int, float], progressive: Schedule | None) -> Iterator[Result]:
     """Ends the process, and sums up."""
     peak, process, path = subject.process.finish(), subject.process, Path(subject.file)
     kv_bytes = sum(size for name, size in process.buffers.items() if name.startswith("KV "))
-    read = weight_bytes_per_token(path) + kv_bytes / process.context * (gen_tokens + 1) / 2
-    for threads, rows in subject.seconds.items():
+    kv_read = kv_bytes / process.context * (gen_tokens + 1) / 2
+    known = file_levels(path)
+    weights = {level: weight_bytes_per_token(path, place) for place, level in enumerate(known)}
+    for (threads, level), rows in subject.seconds.items():
+        read = kv_read + weights[known[-1] if level is None else level]
+        if progressive is not None:
+            schedule = progressive.checked(path, known)
+            read = kv_read + statistics.fmean(weights[schedule.at(index)] for index in range(gen_tokens))
         prompts = [prompt_tokens / s for row in rows if (s := row["prompt_s"])]
         decodes = [gen_tokens / s for row in rows if (s := row["decode_s"])]
         yield Result(
@@ -157,12 +184,13 @@ def _results(subject: _Subject, prompt_tokens: int, gen_tokens: int, around: Con
             decode_tps=Spread.of(decodes) if decodes else None, conditions=around,
             steadiness=steadiness(prompts, decodes), file_bytes=path.stat().st_size, load_s=process.load_s,
             peak_rss_bytes=peak, buffers=process.buffers, bytes_per_token=read if decodes else None,
-            read_bandwidth=read_bandwidths.get(threads),
+            read_bandwidth=read_bandwidths.get(threads), rank_level=level,
+            progressive=None if progressive is None else str(progressive),
         )
 
 
 def steps(files: int, threads: int, repetitions: int) -> int:
-    """How often `bench` tells that it advances."""
+    """How often `bench` tells that it advances; a file counts once for each of its levels."""
     return files * (1 + threads * repetitions)
 
 

@@ -131,20 +131,24 @@ def _linked(source: Source) -> str:
 
 def _summary(found: Inspection, source: Source) -> str:
     if found.owners:
-        return (f"{_linked(source)} with {found.totals.ratio:.0%} of its linear layers' parameters: large "
+        return (f"{_linked(source)} with {found.kept:.0%} of its linear layers' parameters: large "
                 "matrices are replaced by low-rank factors, so that there is less to read and to multiply. "
                 "Made by skipcat-edge.")
     return f"{_linked(source)} as GGUF, made by skipcat-edge."
 
 
 def _made(found: Inspection, source: Source, conversion: Conversion | None) -> str:
-    keys, totals = found.keys, found.totals
+    keys = found.keys
     rows: list[tuple[str, str]] = [("source", _linked(source)), ("architecture", f"`{found.architecture}`")]
     method = keys.get(fmt.KEY_METHOD) or (conversion.method if conversion else None)
     if found.owners:
         rows.append(("method", f"`{method}`" if method else UNKNOWN))
         asked = f" (asked for {keys[fmt.KEY_RATIO]:g})" if fmt.KEY_RATIO in keys else ""
-        rows.append(("parameters kept", f"{totals.ratio:.4f} of the linear layers'{asked}"))
+        rows.append(("parameters kept", f"{found.kept:.4f} of the linear layers'{asked}"))
+        if found.levels:
+            speeds = (f"{level.ratio:g} ({decimal_bytes(level.bytes_per_token)} per token)"
+                      for level in found.levels)
+            rows.append(("levels", ", ".join(speeds)))
         ranks = [owner.rank for owner in found.owners]
         rows.append(("ranks", f"{min(ranks):,} to {max(ranks):,}, median {statistics.median_low(ranks):,}, "
                               f"of {len(ranks):,} projections; {len(found.dense_layers):,} linear layers "
@@ -185,9 +189,20 @@ def _how_to_run(name: str, found: Inspection, info: ModelInfo) -> str:
     if found.owners:
         return (f"It needs skipcat-edge's patched llama-cpp-python: stock llama.cpp does not know the "
                 f"architecture `{found.architecture}` and refuses the file.\n\n"
-                f"```console\nskipcat-edge runtime build --install\n{ours}\n```")
+                f"```console\nskipcat-edge runtime build --install\n{ours}\n```"
+                + _how_to_turn(name, found, info))
     stock = f"llama-embedding -m {name} -p Hello" if info.embedding else f"llama-cli -m {name}"
     return f"Stock llama.cpp runs it, and everything made with it:\n\n```console\n{stock}\n{ours}\n```"
+
+
+def _how_to_turn(name: str, found: Inspection, info: ModelInfo) -> str:
+    if not found.levels or info.embedding:
+        return ""
+    lowest = f"{found.levels[0].ratio:g}"
+    return ("\n\nIt has several levels, each faster than the next one, and the highest is used where none is "
+            "named:\n\n```console\n"
+            f"skipcat-edge chat {name} --rank-level {lowest}\n"
+            f"skipcat-edge chat {name} --rank-level auto --target-tps 10\n```")
 
 
 def _licence(source: Source) -> str:

@@ -44,36 +44,37 @@ def write_figures(file: Path, figures: Sequence[Figure]) -> Path:
 def figures_of(found: Evaluation, file: Path, text: Path | None, window: int, reference: Path | None,
                context: int | None) -> Iterator[Figure]:
     """All that was found: on `text` in windows of `window` tokens, and in tasks with `context`."""
+    at = "" if found.rank_level is None else f" at level {found.rank_level:g}"
     if text is not None and found.perplexity is not None:
-        yield from _text_figures(found.perplexity, found.divergence, file, text, window, reference)
+        yield from _text_figures(found.perplexity, found.divergence, file, text, window, reference, at)
     if text is not None and reference is not None and found.similarity is not None:
-        yield from similarity_figures(found.similarity, file, text, reference)
+        yield from similarity_figures(found.similarity, file, text, reference, at)
     if found.tasks:
-        yield from task_figures(found.tasks, reference, context)
+        yield from task_figures(found.tasks, reference, context, at)
 
 
 def _text_figures(perplexity: Perplexity, divergence: Divergence | None, file: Path, text: Path, window: int,
-                  reference: Path | None) -> Iterator[Figure]:
+                  reference: Path | None, at: str) -> Iterator[Figure]:
     on = f"{_named(text, file)}, {perplexity.tokens:,} tokens, windows of {window}"
-    yield _figure("perplexity", f"{perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f}", on)
+    yield _figure(f"perplexity{at}", f"{perplexity.ppl:.4f} ± {perplexity.ppl_se:.4f}", on)
     if divergence is not None and reference is not None:
         dense = f"`{reference.name}`"
-        yield _figure(f"KL divergence from {dense}, nats per token",
+        yield _figure(f"KL divergence from {dense}{at}, nats per token",
                       f"{divergence.kl:.6f} ± {divergence.kl_se:.6f}", on)
-        yield _figure(f"top-1 agreement with {dense}",
+        yield _figure(f"top-1 agreement with {dense}{at}",
                       f"{100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %", on)
 
 
 def similarity_figures(found: EmbeddingSimilarity, file: Path, text: Path,
-                       reference: Path) -> Iterator[Figure]:
+                       reference: Path, at: str = "") -> Iterator[Figure]:
     """The mean and the lowest cosine."""
     on, dense = f"{_named(text, file)}, {found.lines:,} lines", f"`{reference.name}`"
-    yield _figure(f"mean cosine to {dense}", f"{found.cosine_mean:.4f} ± {found.cosine_se:.4f}", on)
-    yield _figure(f"lowest cosine to {dense}", f"{found.cosine_min:.4f}", on)
+    yield _figure(f"mean cosine to {dense}{at}", f"{found.cosine_mean:.4f} ± {found.cosine_se:.4f}", on)
+    yield _figure(f"lowest cosine to {dense}{at}", f"{found.cosine_min:.4f}", on)
 
 
-def task_figures(results: Sequence[TaskResult], reference: Path | None,
-                 context: int | None) -> Iterator[Figure]:
+def task_figures(results: Sequence[TaskResult], reference: Path | None, context: int | None,
+                 at: str = "") -> Iterator[Figure]:
     """A row for each metric, the reference's value in it."""
     for result in results:
         value = with_error(result.value, result.value_se)
@@ -82,7 +83,7 @@ def task_figures(results: Sequence[TaskResult], reference: Path | None,
         metric = result.metric if result.filter == "none" else f"{result.metric} ({result.filter})"
         on = f"{result.samples:,} samples, lm-eval {version('lm_eval')}"
         on += "" if context is None else f", context of {context} tokens"
-        yield _figure(f"{result.task}, {metric}", value, on)
+        yield _figure(f"{result.task}, {metric}{at}", value, on)
 
 
 def _named(text: Path, file: Path) -> str:

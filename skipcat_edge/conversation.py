@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.errors import UserError
 from skipcat_edge.generation import Sampling, Statistics, encode, generate
 from skipcat_edge.session import import_llama_cpp
+
+if TYPE_CHECKING:
+    from skipcat_edge.level_control import Control
 
 _KEY_TEMPLATE = "tokenizer.chat_template"
 
@@ -29,6 +32,8 @@ class Reply:
     dropped: int
     """Oldest turns that were dropped to make room for it."""
     statistics: Statistics
+    levels: str | None = None
+    """What was done at which level, where something sets it."""
 
 
 class Conversation:
@@ -38,14 +43,15 @@ class Conversation:
     """
 
     def __init__(self, llama: Any, *, context: int, max_tokens: int, sampling: Sampling,
-                 system: str | None = None) -> None:
+                 system: str | None = None, control: Control | None = None) -> None:
         """`context`: tokens that the turns and the reply share; `max_tokens`: most of one reply; `system`:
-        what the model is told before all turns."""
+        what the model is told before all turns; `control` sets the level."""
         self._llama = llama
         self.system = system
         self._context = context
         self._max_tokens = max_tokens
         self._sampling = sampling
+        self._control = control
         self._formatter = template_formatter(llama)
         self.turns: list[Turn] = []
 
@@ -71,11 +77,12 @@ class Conversation:
                 emit(text)
 
         statistics = generate(self._llama, tokens, max_tokens=self._max_tokens, context=self._context,
-                              emit=keep, sampling=self._sampling)
+                              emit=keep, sampling=self._sampling, control=self._control)
+        levels = None if self._control is None else self._control.report()
         if not statistics.tokens:
-            return Reply("", 0, statistics)
+            return Reply("", 0, statistics, levels)
         self.turns = [*self.turns[dropped:], Turn(user, "".join(parts))]
-        return Reply("".join(parts), dropped, statistics)
+        return Reply("".join(parts), dropped, statistics, levels)
 
     def _prompt(self, user: str) -> tuple[list[int], int]:
         """Tokens of the turns that leave room for a reply, and how many turns that drops."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,8 @@ def _silent(_title: str, _total: float) -> Iterator[Callable[[float], None]]:
 
 
 def convert(source: str | Path, output: str | Path, *, ratio: float | None = None, budget: int | None = None,
-            bpw: float | None = None, quant: str = "Q8_0", head_quant: str | None = None,
+            bpw: float | None = None, levels: Sequence[float] = (), level_overhead: float = 0.1,
+            quant: str = "Q8_0", head_quant: str | None = None,
             method: str = "auto", allocation: str | None = None, rounding: str = "feedback",
             calibration: str | Path | None = None, stats: str | Path | None = None,
             compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None,
@@ -36,6 +37,9 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
             given. 1 writes a plain dense file.
         budget: bytes of the whole file instead.
         bpw: bits per dense weight of the linear layers instead.
+        levels: rising ratios of a file whose speed can be changed while it runs; the last is that of the
+            whole file. `level_overhead`: parameters that it may hold beyond those that the last level
+            reads, as a share of these.
         quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
         method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
         calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
@@ -65,6 +69,11 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     calibration, stats, base, runtime_source = map(_path, (calibration, stats, base, runtime_source))
     if sum(given is not None for given in (ratio, budget, bpw)) > 1:
         raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
+    levels = tuple(levels)
+    if levels:
+        _check_levels(levels, ratio if budget is None and bpw is None else -1, level_overhead,
+                      allocation or ("uniform" if method != "auto" else "loss"))
+        ratio = levels[-1]
     ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
     if bpw is not None and not 0 < bpw < math.inf:
@@ -116,6 +125,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         open_gguf(base)
     options = ConvertOptions(
         source=directory, output=output, method=METHODS[method], ratio=ratio, budget=budget, bpw=bpw,
+        levels=levels, level_overhead=level_overhead,
         allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
         gradients=gradients, compensate=compensate, types=OutputTypes(linear, head),
         tree=stock_tree(runtime_source), base=base,
@@ -124,6 +134,19 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         card=card_path(output), force=force,
     )
     return run(options, phase)
+
+
+def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float, allocation: str) -> None:
+    from skipcat_edge.ranks import check_levels
+
+    check_levels(levels)
+    if ratio is not None and ratio != levels[-1]:
+        raise UserError("--levels says how large the model becomes by its last ratio; leave out --ratio, "
+                        "--budget and --bpw.")
+    if not 0 <= overhead <= 10:
+        raise UserError("--level-overhead is a share of the last level's parameters, for example 0.1.")
+    if allocation != "loss":
+        raise UserError(f"--levels needs --allocation loss; {allocation} has no ranks of several levels.")
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.session import decode_error, import_llama_cpp
@@ -20,10 +20,12 @@ def clear(llama: Any) -> None:
         llama_cpp.llama_memory_clear(memory, True)
 
 
-def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[Sequence[int]] = ()) -> float:
+def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[Sequence[int]] = (),
+                 turn: Callable[[int], None] | None = None) -> float:
     """Seconds to decode `batches` of tokens one after the other; those of `before` go first, uncounted.
 
-    The cache is empty at first. Raises UserError if llama.cpp fails.
+    `turn` is told the number of each of `batches` before it is decoded, and its time counts. The cache is
+    empty at first. Raises UserError if llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
     clear(llama)
@@ -32,6 +34,8 @@ def time_batches(llama: Any, batches: Sequence[Sequence[int]], before: Sequence[
     for index, array in enumerate(arrays):
         batch = llama_cpp.llama_batch_get_one(array, len(array))
         started = time.perf_counter()
+        if turn is not None and index >= len(before):
+            turn(index - len(before))
         code = llama_cpp.llama_decode(llama.ctx, batch)
         llama_cpp.llama_synchronize(llama.ctx)
         if index >= len(before):

@@ -1,4 +1,4 @@
-"""The low-rank GGUF format, version 1: the only place that knows tensor names and keys.
+"""The low-rank GGUF format, versions 1 and 2: the only place that knows tensor names and keys.
 
 A linear layer W: [m, n] is stored as y = B' z with z = x_S + T x_R, where S (the skip set)
 holds the r inputs whose block of A is the identity and R the other n - r, or, without
@@ -8,14 +8,24 @@ the other way round.
     blk.N.<owner>.lr_a.weight    T: [r, n - r], or A: [r, n] without Skip
     blk.N.<owner>.skip_mask      I32 [ceil(n / 32)], bit j set: input j is in S
     blk.N.<member>.lr_b.weight   B': [m, r]
+
+Version 2 has rank levels, one file at several speeds. `skipcat.levels` lists their ratios, ascending; a
+level is named by its ratio or by its place from 0, the last one is the whole file. Factors may then carry
+the places of the first and the last level that use them (those without are used at all of them):
+
+    blk.N.<owner>.lr_a.FIRST.LAST.weight, .skip_mask.FIRST.LAST, blk.N.<member>.lr_b.FIRST.LAST.weight
+
+At a level, a layer is the sum of its factors that the level uses, each with a skip set of its own;
+where there are none it is its dense `.weight`, which is there if some level needs it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +36,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 RUNTIME_MIN = "skipcat.1"
+"""Of files without levels."""
+LEVELS_FORMAT_VERSION = 2
+LEVELS_RUNTIME_MIN = "skipcat.5"
+MAX_LEVELS = 8
 ARCHITECTURE_PREFIX = "skipcat-"
 
 KEY_ARCHITECTURE = "general.architecture"
@@ -37,6 +51,10 @@ KEY_SOURCE_NAME = "skipcat.source.name"
 KEY_CALIBRATION_SHA256 = "skipcat.calibration.sha256"
 KEY_CALIBRATION_TOKENS = "skipcat.calibration.tokens"
 KEY_SEED = "skipcat.seed"
+KEY_LEVELS = "skipcat.levels"
+"""f32 array: the levels' ratios, ascending; the last is `skipcat.ratio`."""
+KEY_LEVELS_LOSS = "skipcat.levels.loss"
+"""f32 array: the loss that the converter predicted for each level."""
 
 # Linear layers that read the same input. A layer whose projection is shared is owned by the
 # group, any other by itself.
@@ -64,6 +82,10 @@ UNSERVED: Mapping[str, frozenset[str]] = {
 }
 
 _TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(lr_a|lr_b|skip_mask)(\..*)?$")
+_SUFFIX = re.compile(r"(?:\.(\d)\.(\d))?(\.weight)?")
+
+Levels = tuple[int, int]
+"""The first and the last level that use some factors, by their places from 0."""
 _WEIGHT = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
 
 
@@ -84,19 +106,23 @@ def parse_weight_name(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match and match[2] in GROUP_OF else None
 
 
-def lr_a_name(layer: int, owner: str) -> str:
-    """Name of an owner's T, or of its A without Skip."""
-    return f"blk.{layer}.{owner}.lr_a.weight"
+def lr_a_name(layer: int, owner: str, levels: Levels | None = None) -> str:
+    """Name of an owner's T, or of its A without Skip. `levels`: None where all of them use it."""
+    return f"blk.{layer}.{owner}.lr_a{_range(levels)}.weight"
 
 
-def lr_b_name(layer: int, member: str) -> str:
-    """Name of a member's B'."""
-    return f"blk.{layer}.{member}.lr_b.weight"
+def lr_b_name(layer: int, member: str, levels: Levels | None = None) -> str:
+    """Name of a member's B'. `levels`: None where all of them use it."""
+    return f"blk.{layer}.{member}.lr_b{_range(levels)}.weight"
 
 
-def skip_mask_name(layer: int, owner: str) -> str:
-    """Name of an owner's skip mask."""
-    return f"blk.{layer}.{owner}.skip_mask"
+def skip_mask_name(layer: int, owner: str, levels: Levels | None = None) -> str:
+    """Name of an owner's skip mask. `levels`: None where all of them use it."""
+    return f"blk.{layer}.{owner}.skip_mask{_range(levels)}"
+
+
+def _range(levels: Levels | None) -> str:
+    return "" if levels is None else f".{levels[0]}.{levels[1]}"
 
 
 def owner_of(members: Iterable[str]) -> str:
@@ -187,6 +213,12 @@ class Owner:
     nbytes: int
     """Bytes of T (or A) and of the mask, without the members' B'."""
     members: tuple[Member, ...]
+    levels: Levels = (0, 0)
+    """The first and the last level that use these factors."""
+
+    def used_at(self, level: int) -> bool:
+        """Whether the level at this place uses these factors."""
+        return self.levels[0] <= level <= self.levels[1]
 
     @property
     def m(self) -> int:
@@ -225,44 +257,128 @@ def is_low_rank(reader: GGUFReader) -> bool:
     return str(field_value(reader, KEY_ARCHITECTURE) or "").startswith(ARCHITECTURE_PREFIX)
 
 
+def read_levels(reader: GGUFReader) -> tuple[float, ...]:
+    """The ratios of the file's levels, ascending, as the user gave them; one for a file without levels,
+    (1.0,) for a plain dense file.
+
+    Raises FormatError, naming the key, where they break the format.
+    """
+    if not is_low_rank(reader):
+        return (1.0,)
+    version, levels = field_value(reader, KEY_FORMAT_VERSION), field_value(reader, KEY_LEVELS)
+    if version not in (FORMAT_VERSION, LEVELS_FORMAT_VERSION):
+        raise FormatError(
+            f"{KEY_FORMAT_VERSION} is {version}, but this version reads up to {LEVELS_FORMAT_VERSION}; "
+            "update skipcat-edge, or convert the model again."
+        )
+    if version == FORMAT_VERSION:
+        ratio = field_value(reader, KEY_RATIO)
+        return (_shortest(ratio) if isinstance(ratio, float) else 1.0,)
+    if (not isinstance(levels, list) or not 2 <= len(levels) <= MAX_LEVELS
+            or not all(isinstance(ratio, float) and 0 < ratio <= 1 for ratio in levels)
+            or any(low >= high for low, high in pairwise(levels))):
+        raise FormatError(f"{KEY_LEVELS} is not a list of 2 to {MAX_LEVELS} rising ratios between 0 and 1.")
+    return tuple(_shortest(ratio) for ratio in levels)
+
+
+def _shortest(ratio: float) -> float:
+    """0.8 for the float32 nearest to it."""
+    return float(str(np.float32(ratio)))
+
+
 def read_owners(reader: GGUFReader) -> list[Owner]:
-    """All owners of a file, by layer; [] for a plain dense file.
+    """All owners of a file, by layer and first level; [] for a plain dense file.
 
     Raises FormatError, naming the tensor or key, where the file breaks the format.
     """
     if not is_low_rank(reader):
         return []
-    version = field_value(reader, KEY_FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{KEY_FORMAT_VERSION} is {version}, but this version reads {FORMAT_VERSION}; "
-            "update skipcat-edge, or convert the model again."
-        )
-    found: dict[str, dict[tuple[int, str], Any]] = {"lr_a": {}, "lr_b": {}, "skip_mask": {}}
+    count = len(read_levels(reader))
+    found: dict[str, dict[_Key, Any]] = {"lr_a": {}, "lr_b": {}, "skip_mask": {}}
+    dense = set()
     for tensor in reader.tensors:
         match = _TENSOR.match(tensor.name)
         if match is None:
+            dense.add(tensor.name)
             continue
-        layer, name, role, rest = int(match[1]), match[2], match[3], match[4]
-        if rest != (None if role == "skip_mask" else ".weight"):
-            raise FormatError(f"{tensor.name}: not a tensor of format version {FORMAT_VERSION}.")
-        _check_layout(tensor, role)
-        found[role][layer, name] = tensor
+        key = _Key(int(match[1]), match[2], _levels_of(tensor.name, match[3], match[4] or "", count))
+        _check_layout(tensor, match[3])
+        found[match[3]][key] = tensor
 
-    members: dict[tuple[int, str], list[Member]] = {}
-    for (layer, name), b in found["lr_b"].items():
-        owner = (layer, name) if (layer, name) in found["lr_a"] else (layer, GROUP_OF.get(name, ""))
+    members: dict[_Key, list[Member]] = {}
+    for key, b in found["lr_b"].items():
+        own, shared = key, key._replace(name=GROUP_OF.get(key.name, ""))
+        owner = own if own in found["lr_a"] else shared
         if owner not in found["lr_a"]:
-            raise FormatError(f"{b.name}: its projection {lr_a_name(layer, name)} is missing.")
-        member = Member(name, int(b.shape[1]), b.tensor_type, int(b.n_bytes))
+            raise FormatError(f"{b.name}: its projection {_name(lr_a_name, own, count)} is missing.")
+        member = Member(key.name, int(b.shape[1]), b.tensor_type, int(b.n_bytes))
         members.setdefault(owner, []).append(member)
     stray = sorted(found["skip_mask"].keys() - found["lr_a"].keys())
     if stray:
-        raise FormatError(f"{skip_mask_name(*stray[0])}: its projection is missing.")
+        raise FormatError(f"{_name(skip_mask_name, stray[0], count)}: its projection is missing.")
+    _check_levels(found["lr_b"], dense, count)
     return [
         _read_owner(key, a, found["skip_mask"].get(key), found["lr_b"], members.get(key, []))
         for key, a in sorted(found["lr_a"].items())
     ]
+
+
+def tensors_at(reader: GGUFReader, level: int) -> set[str]:
+    """Names of the tensors that the level of this place uses; -1 is the last.
+
+    Raises FormatError as `read_levels`, and for a name that is none of this format.
+    """
+    names = {tensor.name for tensor in reader.tensors}
+    if not is_low_rank(reader):
+        return names
+    count = len(read_levels(reader))
+    level %= count
+    unused = set()
+    for name in names:
+        if match := _TENSOR.match(name):
+            first, last = _levels_of(name, match[3], match[4] or "", count)
+            if not first <= level <= last:
+                unused.add(name)
+            elif match[3] == "lr_b":
+                unused.add(weight_name(int(match[1]), match[2]))  # which other levels may need
+    return names - unused
+
+
+class _Key(NamedTuple):
+    layer: int
+    name: str
+    levels: Levels
+
+
+def _name(of: Callable[[int, str, Levels | None], str], key: _Key, count: int) -> str:
+    return of(key.layer, key.name, None if key.levels == (0, count - 1) else key.levels)
+
+
+def _levels_of(name: str, role: str, suffix: str, count: int) -> Levels:
+    match = _SUFFIX.fullmatch(suffix)
+    if match is None or (match[3] is None) != (role == "skip_mask") or (match[1] and count == 1):
+        version = FORMAT_VERSION if count == 1 else LEVELS_FORMAT_VERSION
+        raise FormatError(f"{name}: not a tensor of format version {version}.")
+    if match[1] is None:
+        return 0, count - 1
+    levels = int(match[1]), int(match[2])
+    # factors of all levels have one name only
+    if not levels[0] <= levels[1] < count or levels == (0, count - 1):
+        raise FormatError(f"{name}: the file has the levels 0 to {count - 1}.")
+    return levels
+
+
+def _check_levels(lr_b: Mapping[_Key, Any], dense: Container[str], count: int) -> None:
+    """Every level has exactly one meaning for every layer."""
+    used: dict[tuple[int, str], set[int]] = {}
+    for layer, name, (first, last) in lr_b:
+        used.setdefault((layer, name), set()).update(range(first, last + 1))
+    for (layer, name), levels in used.items():
+        weight = weight_name(layer, name)
+        if len(levels) == count and weight in dense:
+            raise FormatError(f"{weight}: the layer has factors at every level.")
+        if len(levels) < count and weight not in dense:
+            raise FormatError(f"{weight} is missing: level {min(set(range(count)) - levels)} needs it.")
 
 
 def _check_layout(tensor: Any, role: str) -> None:
@@ -273,9 +389,7 @@ def _check_layout(tensor: Any, role: str) -> None:
         raise FormatError(f"{tensor.name}: type {tensor.tensor_type.name}, but a mask is I32.")
 
 
-def _read_owner(key: tuple[int, str], a: Any, mask: Any, lr_b: Mapping[tuple[int, str], Any],
-                members: list[Member]) -> Owner:
-    layer, name = key
+def _read_owner(key: _Key, a: Any, mask: Any, lr_b: Mapping[_Key, Any], members: list[Member]) -> Owner:
     if not members:
         raise FormatError(f"{a.name}: no layer reads this projection.")
     rank, n = int(a.shape[1]), int(a.shape[0])
@@ -288,8 +402,9 @@ def _read_owner(key: tuple[int, str], a: Any, mask: Any, lr_b: Mapping[tuple[int
         if popcount != rank:
             raise FormatError(f"{mask.name}: {popcount} inputs are set, but the rank is {rank}.")
     for member in members:
-        b = lr_b[layer, member.name]
+        b = lr_b[key._replace(name=member.name)]
         if int(b.shape[0]) != rank:
             raise FormatError(f"{b.name}: rank {int(b.shape[0])}, but its projection has rank {rank}.")
     nbytes = int(a.n_bytes) + (0 if mask is None else int(mask.n_bytes))
-    return Owner(layer, name, n, rank, mask is not None, a.tensor_type, nbytes, tuple(members))
+    return Owner(key.layer, key.name, n, rank, mask is not None, a.tensor_type, nbytes, tuple(members),
+                 key.levels)

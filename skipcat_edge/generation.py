@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from skipcat_edge.abort import abort_on_ctrl_c
 from skipcat_edge.errors import UserError
@@ -21,6 +21,9 @@ from skipcat_edge.session import (
     open_generative,
     open_model,
 )
+
+if TYPE_CHECKING:
+    from skipcat_edge.level_control import Control
 
 # Below this many bytes of prompt, a token for each byte wastes less memory than counting costs time.
 _COUNT_FROM_BYTES = 2048
@@ -120,12 +123,12 @@ def detokenize(llama: Any, tokens: Sequence[int]) -> str:
 
 
 def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int, emit: Callable[[str], None],
-             sampling: Sampling = Sampling()) -> Statistics:
+             sampling: Sampling = Sampling(), control: Control | None = None) -> Statistics:
     """Continue `tokens` until the model ends the text, `max_tokens` are out or `context` is full.
 
-    `emit` gets the text as soon as it is whole characters. Ctrl-C ends the generation, not the
-    program, and waits for no batch of the prompt. Raises UserError if `tokens` are none or do not fit, or
-    llama.cpp fails.
+    `emit` gets the text as soon as it is whole characters; `control` sets the level. Ctrl-C ends the
+    generation, not the program, and waits for no batch of the prompt. Raises UserError if `tokens` are none
+    or do not fit, or llama.cpp fails.
     """
     llama_cpp = import_llama_cpp()
     if not tokens:
@@ -139,9 +142,10 @@ def generate(llama: Any, tokens: Sequence[int], *, max_tokens: int, context: int
     stop: Stop = "token limit" if max_tokens <= limit else "context full"
     bos = llama_cpp.llama_vocab_bos(vocab)
     count = 0
+    written = llama.generate(tokens, temp=sampling.temperature)
     started = first = last = time.perf_counter()
     try:
-        generated = llama.generate(tokens, temp=sampling.temperature)
+        generated = written if control is None else control.over(written)
         with abort_on_ctrl_c(llama):
             begun = next(generated)
         for token in chain((begun,), generated):

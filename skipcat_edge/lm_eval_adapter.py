@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from skipcat_edge.errors import UserError
 from skipcat_edge.generation import detokenize, encode, piece
+from skipcat_edge.levels import set_level
 from skipcat_edge.perplexity import start_token
 from skipcat_edge.scoring import Request, Score, score
 from skipcat_edge.session import BATCH, import_llama_cpp, model_info, open_generative, open_model
@@ -40,15 +41,17 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         file: a GGUF file that predicts tokens.
         length: tokens that fit into the context; longer sequences lose their beginning. None: the model's.
         threads: None takes one for each physical core.
+        rank_level: None takes the full one.
         begin: hears what is done and how many steps it has; what it returns is called after each.
 
     Raises UserError if the file cannot be loaded or a request cannot be answered.
     """
 
     def __init__(self, file: Path, *, length: int | None = None, threads: int | None = None,
+                 rank_level: float | None = None,
                  begin: Begin = lambda title, total: lambda: None) -> None:
         super().__init__()
-        self._file, self._threads, self._begin = file, threads, begin
+        self._file, self._threads, self._rank_level, self._begin = file, threads, rank_level, begin
         limit = model_info(file).context_length
         if length is not None and limit and length > limit:
             raise UserError(f"{file}: its context holds {limit} tokens; use --context {limit} or less.")
@@ -179,4 +182,6 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
             self._llama = None
         if self._llama is None:
             self._llama, self._context = open_generative(self._file, context, self._threads), context
+            if self._rank_level is not None:
+                set_level(self._llama, self._rank_level)
         return self._llama

@@ -38,11 +38,16 @@ class Perplexity:
 
 def open_for_perplexity(path: Path, window: int, threads: int | None = None) -> Any:
     """Load `path` with a context of one window. Raises UserError as `session.open_model`, and
-    if the model was trained for less than `window` tokens."""
+    `require_window`."""
+    require_window(path, window)
+    return open_model(path, context=window, batch=window, ubatch=window, threads=threads)
+
+
+def require_window(path: Path, window: int) -> None:
+    """Raises UserError if the model in `path` was trained for less than `window` tokens."""
     limit = model_info(path).context_length
     if 0 < limit < window:
         raise UserError(f"{path}: its context holds {limit} tokens; use --window {limit} or less.")
-    return open_model(path, context=window, batch=window, ubatch=window, threads=threads)
 
 
 def start_token(llama: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.extra import require_packages
-from skipcat_edge.inspection import Inspection
+from skipcat_edge.inspection import Inspection, full_level
 from skipcat_edge.output import atomic_output, check_output
 
 if TYPE_CHECKING:
@@ -67,17 +68,44 @@ class Cell:
 
 
 def cells(inspection: Inspection) -> list[Cell]:
-    """What is drawn of `inspection`, by block and from top to bottom."""
-    found = [
-        Cell(owner.layer, tuple(sorted((member.name for member in owner.members), key=_order)),
-             owner.rank, owner.full_rank, owner.ratio, owner.skip)
-        for owner in inspection.owners
-    ]
+    """What is drawn of `inspection`, its full level, by block and from top to bottom."""
+    owners, dense_layers = full_level(inspection)
+    found = [_cell(stages) for stages in _stages(owners)]
     found += [
         Cell(dense.layer, (dense.name,), None, min(dense.m, dense.n), 1.0, False)
-        for dense in inspection.dense_layers
+        for dense in dense_layers
     ]
     return sorted(found, key=lambda cell: (cell.block, _order(cell.members[0])))
+
+
+_Part = tuple[fmt.Owner, tuple[fmt.Member, ...]]
+"""An owner and those of its members that a cell is about."""
+
+
+def _stages(owners: Sequence[fmt.Owner]) -> list[list[_Part]]:
+    """What each cell adds up: owners of the same members, or, where a shared and an own projection add up,
+    each member's part of them."""
+    shared: dict[tuple[int, frozenset[str]], list[fmt.Owner]] = {}
+    for owner in owners:
+        shared.setdefault((owner.layer, frozenset(member.name for member in owner.members)), []).append(owner)
+    seen = Counter((layer, name) for layer, names in shared for name in names)
+    whole = [[(owner, owner.members) for owner in group] for (layer, names), group in shared.items()
+             if all(seen[layer, name] == 1 for name in names)]
+    split: dict[tuple[int, str], list[_Part]] = {}
+    for (layer, names), group in shared.items():
+        if any(seen[layer, name] > 1 for name in names):
+            for owner in group:
+                for member in owner.members:
+                    split.setdefault((layer, member.name), []).append((owner, (member,)))
+    return [*whole, *split.values()]
+
+
+def _cell(parts: Sequence[_Part]) -> Cell:
+    (first, members), m = parts[0], sum(member.m for member in parts[0][1])
+    stored = sum(owner.parameters * m / owner.m for owner, _ in parts)
+    return Cell(first.layer, tuple(sorted((member.name for member in members), key=_order)),
+                sum(owner.rank for owner, _ in parts), min(m, first.n), stored / (m * first.n),
+                any(owner.skip for owner, _ in parts))
 
 
 def _order(member: str) -> tuple[int, str]:
@@ -295,7 +323,8 @@ def _add_title(figure: Figure, inspection: Inspection) -> None:
 
     method = inspection.keys.get(fmt.KEY_METHOD) if inspection.owners else "dense"
     parts = [] if method is None else [f"method {method}" if inspection.owners else "dense"]
-    parts += [f"ratio {inspection.totals.ratio:.3f}", decimal_bytes(inspection.file_bytes)]
+    parts += [f"level {inspection.levels[-1].ratio:g}"] if inspection.levels else []
+    parts += [f"ratio {inspection.kept:.3f}", decimal_bytes(inspection.file_bytes)]
     width, height = figure.get_size_inches()
     lines = ((0.3, 14, "bold", Path(inspection.file).name), (0.6, 11, "normal", " · ".join(parts)))
     for below, size, weight, text in lines:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
 
 from skipcat_edge.errors import UserError
-from skipcat_edge.format import factor_parameters
+from skipcat_edge.format import MAX_LEVELS, factor_parameters
 
 
 def check_ratio(ratio: float) -> None:
@@ -14,12 +16,23 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"The ratio is {ratio:g}, but it must be above 0 and at most 1.")
 
 
-def parse_ratios(text: str) -> list[float]:
-    """`1,0.9,0.8` as numbers, the largest first. Raises UserError for anything else, or out of range."""
+def check_levels(levels: Sequence[float]) -> None:
+    """Raise UserError unless `levels` can be the ratios of a file's rank levels."""
+    for level in levels:
+        check_ratio(level)
+    if not 2 <= len(levels) <= MAX_LEVELS or any(low >= high for low, high in pairwise(levels)):
+        raise UserError(f"--levels needs 2 to {MAX_LEVELS} rising ratios, for example 0.6,0.8.")
+    if levels[-1] == 1:
+        raise UserError("The last of --levels is the whole file's ratio and must be below 1.")
+
+
+def parse_ratios(text: str, option: str = "--ratios") -> list[float]:
+    """`1,0.9,0.8` of `option` as numbers, the largest first. Raises UserError for anything else, or out of
+    range."""
     try:
         ratios = sorted({float(part) for part in text.split(",")}, reverse=True)
     except ValueError:
-        raise UserError(f"--ratios is {text!r}; give numbers with commas between them.") from None
+        raise UserError(f"{option} is {text!r}; give numbers with commas between them.") from None
     for ratio in ratios:
         check_ratio(ratio)
     return ratios

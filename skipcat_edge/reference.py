@@ -75,9 +75,13 @@ class StoredReference:
 
 def finite_logits(llama: Any, which: str, tokens: Sequence[int]) -> np.ndarray:
     """As `all_logits`. Raises NotFiniteError, naming `which` model, where a logit is not finite."""
+    return require_finite(all_logits(llama, tokens), which)
+
+
+def require_finite(logits: np.ndarray, which: str) -> np.ndarray:
+    """`logits`. Raises NotFiniteError, naming `which` model, where one is not finite."""
     import numpy as np
 
-    logits: np.ndarray = all_logits(llama, tokens)
     if not np.isfinite(logits).all():
         raise NotFiniteError(f"The {which}'s logits are not finite; convert it again from sound weights.")
     return logits

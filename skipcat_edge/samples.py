@@ -23,8 +23,13 @@ class Sample:
 
 def prompts_of(chunks: Sequence[Sequence[int]], start: int, count: int) -> list[list[int]]:
     """Up to `count` beginnings, each the `start` token and some of a chunk's, evenly spread over the text."""
+    return [[start, *chunk[:PROMPT_TOKENS]] for chunk in spread(chunks, count)]
+
+
+def spread(chunks: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Up to `count` of `chunks`, evenly spread over them."""
     count = min(count, len(chunks))
-    return [[start, *chunks[index * len(chunks) // count][:PROMPT_TOKENS]] for index in range(count)]
+    return [chunks[index * len(chunks) // count] for index in range(count)]
 
 
 def text_of(llama: Any, prompt: Sequence[int]) -> str:

@@ -150,8 +150,13 @@ def _add_keys(writer: GGUFWriter, plan: Plan) -> None:
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.norm_eps)
     if plan.low_rank:
-        writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
-        writer.add_string(fmt.KEY_RUNTIME_MIN, fmt.RUNTIME_MIN)
+        if plan.levels:
+            writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.LEVELS_FORMAT_VERSION)
+            writer.add_string(fmt.KEY_RUNTIME_MIN, fmt.LEVELS_RUNTIME_MIN)
+            writer.add_array(fmt.KEY_LEVELS, plan.levels)
+        else:
+            writer.add_uint32(fmt.KEY_FORMAT_VERSION, fmt.FORMAT_VERSION)
+            writer.add_string(fmt.KEY_RUNTIME_MIN, fmt.RUNTIME_MIN)
         writer.add_float32(fmt.KEY_RATIO, plan.ratio)
         writer.add_string(fmt.KEY_METHOD, METHOD)
         writer.add_string(fmt.KEY_SOURCE_NAME, model.name)

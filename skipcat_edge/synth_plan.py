@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import numpy as np
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import MODELS, LinearGroup, ModelDimensions, RopeScaling
-from skipcat_edge.ranks import check_ratio, uniform_rank
+from skipcat_edge.ranks import check_levels, check_ratio, uniform_rank
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -45,6 +45,8 @@ class PlannedTensor:
     input_variance: float = 1.0
     """Of what the weights are multiplied by. Theirs makes the product's 1, in low-rank layers as in dense
     ones: attention would be slower where scores are larger."""
+    first_level: int = 0
+    """Place of the first rank level that uses it; all higher ones do."""
 
     @property
     def deviation(self) -> float:
@@ -72,6 +74,8 @@ class Plan:
     """The ratio that was asked for."""
     seed: int
     tensors: tuple[PlannedTensor, ...]
+    levels: tuple[float, ...] = ()
+    """The ratios of its rank levels, rising; () for a model without."""
 
     @property
     def low_rank(self) -> bool:
@@ -91,8 +95,13 @@ class Plan:
     @property
     def kept(self) -> float:
         """The ratio that was reached: linear parameters over those of the dense model."""
-        dense = self.model.n_layer * sum(group.m * group.n for group in self.model.groups)
-        return self.linear_parameters / dense
+        return self.kept_at(len(self.levels))
+
+    def kept_at(self, level: int) -> float:
+        """The ratio that a rank level reached, by its place from 0."""
+        kept = sum(tensor.elements for tensor in self.tensors
+                   if tensor.role is Role.LINEAR and tensor.first_level <= level)
+        return kept / (self.model.n_layer * sum(group.m * group.n for group in self.model.groups))
 
     @property
     def nbytes(self) -> int:
@@ -121,17 +130,23 @@ def model_dimensions(name: str) -> ModelDimensions:
     return MODELS[name]
 
 
-def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed: int) -> Plan:
+def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed: int,
+         levels: Sequence[float] = ()) -> Plan:
     """The tensors of `model`: dense at ratio 1, otherwise low-rank with Skip and shared projections.
 
-    Raises UserError for a ratio outside (0, 1] or one that no rank can keep.
+    With rank `levels`, the last of which is `ratio`, the first one's factors are used by all, and each
+    further one adds factors to those below. Raises UserError for ratios that are out of range or that no
+    ranks can keep.
     """
     check_ratio(ratio)
+    if levels:
+        check_levels(levels)
     rng = np.random.default_rng(seed)
-    return Plan(model, type_, ratio, seed, tuple(_tensors(model, type_, ratio, rng)))
+    tensors = tuple(_tensors(model, type_, tuple(levels) or (ratio,), rng))
+    return Plan(model, type_, ratio, seed, tensors, tuple(levels))
 
 
-def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
+def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, levels: Sequence[float],
              rng: np.random.Generator) -> Iterator[PlannedTensor]:
     from gguf import MODEL_TENSOR as TENSOR
     from gguf import TENSOR_NAMES
@@ -159,8 +174,9 @@ def _tensors(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float,
             outputs = model.groups[0].members.values()
             for tensor, m in zip((TENSOR.ATTN_Q, TENSOR.ATTN_K, TENSOR.ATTN_V), outputs, strict=True):
                 yield PlannedTensor(name(tensor, layer, "bias"), (m,), Types.F32, Role.VECTOR)
+        low_rank = levels[-1] < 1
         linear = [tensor for group in model.groups for tensor in (
-            _factors(group, layer, type_, ratio, grid, rng) if ratio < 1 else _dense(group, layer, type_))]
+            _factors(group, layer, type_, levels, grid, rng) if low_rank else _dense(group, layer, type_))]
         # masks beside the norms: what follows the last tensor that is read from the file itself, rather than
         # from a repacked copy, llama.cpp gives back to the system
         yield from (tensor for tensor in linear if tensor.role is Role.CONSTANT)
@@ -177,25 +193,43 @@ def _matrix(name: str, rows: int, columns: int, type_: GGMLQuantizationType,
     return PlannedTensor(name, (rows, columns), fmt.factor_type(type_, columns), role)
 
 
-def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, ratio: float, grid: int,
+def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, levels: Sequence[float], grid: int,
              rng: np.random.Generator) -> Iterator[PlannedTensor]:
+    kept = 0
+    for first, ratio in enumerate(levels):
+        # what rounding to the grid left of a lower level's share goes to the next one
+        rank = uniform_rank(group.m, group.n, ratio - kept / (group.m * group.n), skip=True, grid=grid)
+        if rank == 0:
+            owner = fmt.owner_of(group.members)
+            raise UserError(f"blk.{layer}.{owner}: no rank of {type_.name} (a multiple of {grid}) "
+                            f"{_too_small(levels, first)} or a type with smaller blocks.")
+        kept += fmt.factor_parameters(group.m, group.n, rank, skip=True)
+        used = None if first == 0 else (first, len(levels) - 1)
+        for tensor in _stage(group, layer, type_, rank, used, len(levels), rng):
+            yield replace(tensor, first_level=first)
+
+
+def _too_small(levels: Sequence[float], level: int) -> str:
+    if level > 0:
+        return f"fits between the levels {levels[level - 1]:g} and {levels[level]:g}; choose others"
+    return (f"keeps a ratio of {levels[0]:g} or less; "
+            f"choose a larger {'--ratio' if len(levels) == 1 else 'first level'}")
+
+
+def _stage(group: LinearGroup, layer: int, type_: GGMLQuantizationType, rank: int, used: fmt.Levels | None,
+           stages: int, rng: np.random.Generator) -> Iterator[PlannedTensor]:
     from gguf import GGMLQuantizationType as Types
 
     owner = fmt.owner_of(group.members)
-    rank = uniform_rank(group.m, group.n, ratio, skip=True, grid=grid)
-    if rank == 0:
-        raise UserError(
-            f"blk.{layer}.{owner}: no rank of {type_.name} (a multiple of {grid}) keeps a ratio of {ratio:g} "
-            "or less; choose a larger --ratio or a type with smaller blocks."
-        )
     skip = np.zeros(group.n, bool)
     skip[rng.choice(group.n, rank, replace=False)] = True
     words = fmt.pack_skip_mask(skip)
-    yield PlannedTensor(fmt.skip_mask_name(layer, owner), words.shape, Types.I32, Role.CONSTANT, words)
-    yield _matrix(fmt.lr_a_name(layer, owner), rank, group.n - rank, type_)
+    yield PlannedTensor(fmt.skip_mask_name(layer, owner, used), words.shape, Types.I32, Role.CONSTANT, words)
+    yield _matrix(fmt.lr_a_name(layer, owner, used), rank, group.n - rank, type_)
     for member, m in group.members.items():
-        b = _matrix(fmt.lr_b_name(layer, member), m, rank, type_)
-        yield replace(b, input_variance=2.0)  # of z = x_S + T x_R
+        b = _matrix(fmt.lr_b_name(layer, member, used), m, rank, type_)
+        # of z = x_S + T x_R; the products of all stages are added
+        yield replace(b, input_variance=2.0 * stages)
 
 
 def rope_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:

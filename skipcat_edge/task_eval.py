@@ -64,18 +64,19 @@ class TaskResult:
 
 def measure_tasks(file: Path, names: Sequence[str], *, task_path: Path | None = None,
                   limit: int | None = None, length: int | None = None, reference: Path | None = None,
-                  threads: int | None = None,
+                  threads: int | None = None, rank_level: float | None = None,
                   begin: Begin = lambda title, total: lambda: None) -> list[TaskResult]:
     """What `file` and `reference` reach in the tasks `names`, in lm-eval's order.
 
     `task_path` is a folder of further task files; a name may be a task file's path as well. `limit` takes
-    the first samples of each task only, `length` a shorter context than the model's. Raises UserError where
+    the first samples of each task only, `length` a shorter context than the model's, `rank_level` a lower
+    level of `file`. Raises UserError where
     lm-eval is missing, knows no such task, cannot load it or cannot judge it.
     """
     with _harness():
         tasks = load_tasks(names, task_path)
-        dense = None if reference is None else _measure(reference, tasks, limit, length, threads, begin)
-        found = _measure(file, tasks, limit, length, threads, begin)
+        dense = None if reference is None else _measure(reference, tasks, limit, length, threads, None, begin)
+        found = _measure(file, tasks, limit, length, threads, rank_level, begin)
     return found if dense is None else [_beside(ours, dense) for ours in found]
 
 
@@ -189,7 +190,7 @@ def _load_error(name: str, manager: Any, error: Exception) -> UserError:
 
 
 def _measure(file: Path, tasks: dict[str, Any], limit: int | None, length: int | None, threads: int | None,
-             begin: Begin) -> list[TaskResult]:
+             rank_level: float | None, begin: Begin) -> list[TaskResult]:
     import numpy as np
     from lm_eval import evaluate
 
@@ -199,7 +200,7 @@ def _measure(file: Path, tasks: dict[str, Any], limit: int | None, length: int |
     np.random.seed(_SEEDS[1])
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=_SEEDS[1])  # both models see the same examples
-    model = GgufLM(file, length=length, threads=threads, begin=begin)
+    model = GgufLM(file, length=length, threads=threads, rank_level=rank_level, begin=begin)
     try:
         found = evaluate(model, tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
     except UserError:

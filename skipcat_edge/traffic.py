@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
+from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value, tensors_at
 from skipcat_edge.gguf_file import open_gguf
 
 if TYPE_CHECKING:
@@ -18,14 +18,19 @@ _LOOKED_UP = {"position_embd.weight", "token_types.weight"}
 _EXPERTS = re.compile(r"_exps\.(weight|bias)$")
 
 
-def weight_bytes_per_token(path: Path) -> int:
-    """Bytes of the weights that decoding one token reads.
+def weight_bytes_per_token(path: Path, level: int = -1) -> int:
+    """Bytes of the weights that decoding one token reads at the level of this place, the last one by default.
 
-    All tensors but tables that are looked up by row; the embedding table counts where it is the head too, and
-    of experts only as many as are used. Raises UserError as `open_gguf`.
+    All tensors that the level uses but tables that are looked up by row; the embedding table counts where it
+    is the head too, and of experts only as many as are used. Raises UserError as `open_gguf`, FormatError.
     """
-    reader = open_gguf(path)
-    tensors = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    return read_per_token(open_gguf(path), level)
+
+
+def read_per_token(reader: GGUFReader, level: int = -1) -> int:
+    """As `weight_bytes_per_token`, of an open file."""
+    used = tensors_at(reader, level)
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors if tensor.name in used}
     skipped = _LOOKED_UP | ({_TABLE} if _HEAD in tensors else set())
     share = _experts_used(reader)
     return round(sum(nbytes * (share if _EXPERTS.search(name) else 1) for name, nbytes in tensors.items()

@@ -219,14 +219,14 @@ def own_projections_for_all_and_a_group_projection(file: GGUF) -> None:
         file.tensors[fmt.skip_mask_name(0, member)] = file.tensors[MASK]
 
 
-@broken("blk.0.attn_in.lr_a.0.weight")
+@broken("blk.0.attn_in.lr_a.0.0.weight")
 def projection_in_stages(file: GGUF) -> None:
-    file.rename(A, "blk.0.attn_in.lr_a.0.weight")
+    file.rename(A, "blk.0.attn_in.lr_a.0.0.weight")
 
 
-@broken("blk.0.attn_in.lr_a.1.weight")
+@broken("blk.0.attn_in.lr_a.1.1.weight")
 def second_stage_besides_a_projection(file: GGUF) -> None:
-    file.tensors["blk.0.attn_in.lr_a.1.weight"] = file.tensors[A]
+    file.tensors["blk.0.attn_in.lr_a.1.1.weight"] = file.tensors[A]
 
 
 @broken("blk.0.attn_in.lr_a.bias")
@@ -359,7 +359,8 @@ def _no_key(name: str, key: str) -> None:
 _U32, _STRING = GGUFValueType.UINT32, GGUFValueType.STRING
 _VERSION, _RUNTIME = fmt.KEY_FORMAT_VERSION, fmt.KEY_RUNTIME_MIN
 
-_key("format_version_2", _VERSION, 2, _U32)
+_key("format_version_3", _VERSION, 3, _U32)
+_key("format_version_2_without_levels", _VERSION, 2, _U32, names=fmt.KEY_LEVELS)
 _key("format_version_0", _VERSION, 0, _U32)
 _key("format_version_of_32_bits", _VERSION, 2**32 - 1, _U32)
 _key("format_version_as_a_string", _VERSION, "1", _STRING)

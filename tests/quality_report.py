@@ -65,7 +65,8 @@ def _protocol(scale: Mapping[str, Any]) -> str:
         "Embeddings and head are F16 in every file.\n\n"
         "`llama-quantize` mixes types under names with _M and replaces one whose block does not divide rows "
         "by a larger one; error feedback and low rank store one type, and F16 where its block does not "
-        "divide rows. The column *stored as* counts the blocks' matrices of each type."
+        "divide rows. The column *stored as* counts the blocks' matrices of each type.\n\n"
+        "What schedules of rank levels do to quality: [Progressive decoding](progressive.md)."
     )
 
 

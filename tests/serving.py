@@ -120,10 +120,13 @@ class Local:
 
 
 @contextmanager
-def local_server(file: Path, *, context: int = 512, api_key: str | None = None) -> Iterator[Local]:
-    """Serve `file` by a thread of this process."""
+def local_server(file: Path, *, context: int = 512, api_key: str | None = None,
+                 embedding: bool = False) -> Iterator[Local]:
+    """Serve `file` by a thread of this process, as an embedding model if asked to."""
     import uvicorn
 
+    from skipcat_edge.level_control import new_control
+    from skipcat_edge.levels import file_levels
     from skipcat_edge.serve.app import create_app
     from skipcat_edge.serve.engine import Engine
     from skipcat_edge.serve.guard import Guard
@@ -136,7 +139,10 @@ def local_server(file: Path, *, context: int = 512, api_key: str | None = None) 
     llama = open_served(file, info, context, 1)
     local.watch(llama)
     local.engine = Engine(llama)
-    app = create_app(local.engine, ["local"], embedding=info.embedding, context=context)
+    levels = file_levels(file)
+    control = new_control(llama, levels[-1], levels) if len(levels) > 1 else None
+    app = create_app(local.engine, ["local"], embedding=info.embedding, context=context, levels=levels,
+                     control=control)
     with listen("127.0.0.1", 0) as listener:
         local.url = url("127.0.0.1", listener)
         server = uvicorn.Server(configuration(Guard(app, hosts=frozenset({"127.0.0.1"}), api_key=api_key)))

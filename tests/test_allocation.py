@@ -439,3 +439,22 @@ def test_sizes(text: str, expected: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         parse_size(text)
+
+
+def test_caution_spreads_the_loss() -> None:
+    """Two equal layers, one with a spectrum that falls faster: caution takes less from the one."""
+    steep, flat = np.exp(-np.arange(32) / 4.0), np.exp(-np.arange(32) / 12.0)
+    groups = [[[Candidate((layer("attn_output", 32, 32, index),), spectrum / spectrum.sum() * scale)]]
+              for index, (spectrum, scale) in enumerate([(steep, 1.0), (flat, 0.3)])]
+    bold, careful = (allocate(groups, 1200, parameters, 2, True, caution) for caution in (0.0, 100.0))
+
+    def shares(plan: Plan) -> list[float]:
+        ranks = {owner.members: owner.rank for owner in plan.owners}
+        candidates = [group[0][0] for group in groups]
+        return [float(each.spectrum[ranks[each.members]:].sum() / each.spectrum.sum())
+                if each.members in ranks else 0.0 for each in candidates]
+
+    assert max(shares(careful)) < max(shares(bold))
+    assert careful.loss is not None and bold.loss is not None
+    assert careful.loss > bold.loss
+    assert careful.weighed is not None and careful.weighed > careful.loss

@@ -170,7 +170,7 @@ def test_broken_file_names_the_tensor(kind: str, tmp_path: Path) -> None:
     assert_one_sentence(run(path), str(path), name)
 
 
-@pytest.mark.parametrize("version", [None, 2])
+@pytest.mark.parametrize("version", [None, 3])
 def test_other_format_version(version: int | None, tmp_path: Path) -> None:
     path = write(tmp_path / "newer.gguf", "skipcat-llama", low_rank_tensors(), version=version)
     assert_one_sentence(run(path), str(path), fmt.KEY_FORMAT_VERSION, str(version))

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_files import BROKEN, sound_file
+from broken_files import BROKEN, Broken, sound_file
+from broken_levels import BROKEN_LEVELS, sound_levels
 from gguf_edit import GGUF
 
 pytestmark = pytest.mark.runtime
 
 WORKER = Path(__file__).with_name("load_worker.py")
-SOUND = "sound"
+SOUND, SOUND_LEVELS = "sound", "sound_levels"
+ALL = BROKEN | BROKEN_LEVELS
+assert len(ALL) == len(BROKEN) + len(BROKEN_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,24 @@ class Results:
 @pytest.fixture(scope="module")
 def files(demo_low_rank_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     directory = tmp_path_factory.mktemp("broken")
-    sound = sound_file(demo_low_rank_gguf)
-    paths = {SOUND: sound.write(directory / f"{SOUND}.gguf")}
-    for name, broken in BROKEN.items():
+    paths = write_all(SOUND, sound_file(demo_low_rank_gguf), BROKEN, directory)
+    small = tmp_path_factory.mktemp("small")
+    paths |= write_all(SOUND_LEVELS, sound_levels(small), BROKEN_LEVELS, directory)
+    yield paths
+    for path in paths.values():
+        path.unlink()
+
+
+def write_all(sound_name: str, sound: GGUF, edits: dict[str, Broken], directory: Path) -> dict[str, Path]:
+    paths = {sound_name: sound.write(directory / f"{sound_name}.gguf")}
+    for name, broken in edits.items():
         file = sound.copy()
         if broken.edit:
             broken.edit(file)
         paths[name] = file.write(directory / f"{name}.gguf")
         if broken.damage:
             broken.damage(paths[name])
-    yield paths
-    for path in paths.values():
-        path.unlink()
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +86,18 @@ def test_rewriting_a_file_unchanged_changes_no_byte(demo_low_rank_gguf: Path, tm
 def test_the_sound_file_loads(results: Results) -> None:
     assert results.native[SOUND]["loaded"], results.native[SOUND]
     assert results.cli[SOUND]["code"] == 0, results.cli[SOUND]
+    assert results.native[SOUND_LEVELS]["loaded"], results.native[SOUND_LEVELS]
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", ALL)
 def test_refused_by_the_library(results: Results, name: str) -> None:
     result = results.native[name]
     assert "crash" not in result, result["crash"]
     assert not result["loaded"]
-    assert BROKEN[name].names in result["message"]
+    assert ALL[name].names in result["message"]
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", ALL)
 def test_refused_by_generate(results: Results, name: str) -> None:
     result = results.cli[name]
     assert "crash" not in result, result["crash"]
@@ -95,13 +105,13 @@ def test_refused_by_generate(results: Results, name: str) -> None:
     line, end = result["stderr"].split("\n", 1)
     assert (line[:7], line[-1], end) == ("Error: ", ".", "")
     assert f"{name}.gguf" in line
-    if BROKEN[name].damage is None:
-        assert BROKEN[name].names in line
+    if ALL[name].damage is None:
+        assert ALL[name].names in line
     else:  # found by gguf's reader, which does not always say where
         assert "damaged" in line
 
 
-@pytest.mark.parametrize("name", ["format_version_2", "runtime_of_the_future"])
+@pytest.mark.parametrize("name", ["format_version_3", "runtime_of_the_future"])
 def test_a_file_for_a_newer_runtime_says_to_update(results: Results, name: str) -> None:
     assert "update skipcat-edge, then run `skipcat-edge runtime build" in results.cli[name]["stderr"]
 

@@ -107,7 +107,9 @@ def test_revisions_agree(patches: PatchSet, skipcat_cpp: str) -> None:
     assert revision == patches.pin.revision
     assert re.fullmatch(r"skipcat\.\d+", fmt.RUNTIME_MIN)
     assert int(fmt.RUNTIME_MIN.removeprefix("skipcat.")) <= revision
-    assert define(skipcat_cpp, "SKIPCAT_FORMAT_VERSION") == fmt.FORMAT_VERSION
+    assert int(fmt.LEVELS_RUNTIME_MIN.removeprefix("skipcat.")) <= revision
+    assert define(skipcat_cpp, "SKIPCAT_FORMAT_VERSION") == fmt.LEVELS_FORMAT_VERSION
+    assert define(skipcat_cpp, "SKIPCAT_MAX_LEVELS") == fmt.MAX_LEVELS
 
 
 def test_the_patches_stay_small(patches: PatchSet) -> None:
@@ -121,13 +123,16 @@ def test_the_patches_stay_small(patches: PatchSet) -> None:
 
 
 def test_the_runtime_knows_the_names_of_the_format(skipcat_cpp: str) -> None:
-    keys = (fmt.ARCHITECTURE_PREFIX, fmt.KEY_FORMAT_VERSION, fmt.KEY_RUNTIME_MIN)
-    for text in (*keys, "lr_a.weight", "lr_b.weight", "skip_mask"):
+    keys = (fmt.KEY_FORMAT_VERSION, fmt.KEY_RUNTIME_MIN, fmt.KEY_RATIO, fmt.KEY_LEVELS)
+    for text in (fmt.ARCHITECTURE_PREFIX, *keys, "lr_a", "lr_b", "skip_mask", ".weight", ".%d.%d"):
         assert f'"{text}"' in skipcat_cpp
     layer, owner = 7, "ffn_in"
     assert fmt.lr_a_name(layer, owner) == "blk.7.ffn_in.lr_a.weight"
     assert fmt.lr_b_name(layer, "ffn_up") == "blk.7.ffn_up.lr_b.weight"
     assert fmt.skip_mask_name(layer, owner) == "blk.7.ffn_in.skip_mask"
+    assert fmt.lr_a_name(layer, owner, (0, 1)) == "blk.7.ffn_in.lr_a.0.1.weight"
+    assert fmt.lr_b_name(layer, "ffn_up", (0, 1)) == "blk.7.ffn_up.lr_b.0.1.weight"
+    assert fmt.skip_mask_name(layer, owner, (0, 1)) == "blk.7.ffn_in.skip_mask.0.1"
 
 
 def test_cached_tree_is_the_pinned_one(patches: PatchSet) -> None:

@@ -121,6 +121,58 @@ def test_low_rank(tree: Path, tmp_path: Path, ratio: float, quant: str, grid: in
     assert {key: fmt.field_value(reader, key) for key in expected} == expected
 
 
+def test_levels(tree: Path, tmp_path: Path) -> None:
+    levels, grid = [0.5, 0.75, 0.9], 8
+    out = tmp_path / "levels.gguf"
+    result = synth(tree, out, "--levels", ",".join(map(str, levels)), "--quant", "F16")
+    assert result.exit_code == 0, result.output
+    reader = GGUFReader(out)
+    assert fmt.field_value(reader, fmt.KEY_FORMAT_VERSION) == 2
+    assert fmt.field_value(reader, fmt.KEY_RUNTIME_MIN) == "skipcat.5"
+    assert fmt.field_value(reader, fmt.KEY_RATIO) == pytest.approx(levels[-1])
+    assert fmt.read_levels(reader) == tuple(levels)
+    owners = fmt.read_owners(reader)
+    assert {owner.levels for owner in owners} == {(place, len(levels) - 1) for place in range(len(levels))}
+    masks = set()
+    for owner in owners:
+        used = None if owner.levels[0] == 0 else owner.levels
+        masks.add(tensor_bytes(reader, fmt.skip_mask_name(owner.layer, owner.name, used)))
+        assert owner.skip and owner.rank % grid == 0
+        stages = [other for other in owners if (other.layer, other.name) == (owner.layer, owner.name)
+                  and other.levels[0] <= owner.levels[0]]
+        kept = sum(stage.parameters for stage in stages) / (owner.m * owner.n)
+        more = owner.rank + grid
+        step = (more * (owner.m + owner.n - more) - owner.parameters) / (owner.m * owner.n)
+        assert kept <= levels[owner.levels[0]] < kept + step or more >= owner.n
+    assert len(masks) == len(owners)  # each has a skip set of its own
+    dense = 2 * sum(m * n for m, n in LAYERS.values())
+    for place, level in enumerate(levels):
+        kept = sum(owner.parameters for owner in owners if owner.used_at(place)) / dense
+        assert f"level {level:g} at {kept:.3f}" in result.output
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_0"])
+def test_each_level_of_a_large_model_has_its_ratio(quant: str) -> None:
+    planned = plan(MODELS["llama-3.2-1b"], GGMLQuantizationType[quant], 0.8, 0, (0.6, 0.8))
+    # a step of the rank, 64, is at most 5 % of an owner of 2,048 inputs
+    assert 0.55 < planned.kept_at(0) <= 0.6 and 0.75 < planned.kept_at(1) <= 0.8
+    assert planned.kept_at(1) == planned.kept
+
+
+def tensor_bytes(reader: GGUFReader, name: str) -> bytes:
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
+    return bytes(tensor.data.tobytes())
+
+
+def test_outputs_of_levels_add_up_to_a_dense_layers(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "levels.gguf"
+    assert synth(tree, out, "--levels", "0.5,0.9", "--quant", "F16").exit_code == 0
+    for tensor in GGUFReader(out).tensors:
+        if ".lr_b." in tensor.name:
+            weights = quants.dequantize(tensor.data, tensor.tensor_type)
+            assert weights.std() * math.sqrt(tensor.shape[0]) == pytest.approx(math.sqrt(0.25), rel=0.1)
+
+
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
 def test_weights_are_gaussian(tree: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "model.gguf"
@@ -228,6 +280,14 @@ def test_rope_factors_are_llama_3s() -> None:
         ("tiny", ["--ratio", "1.01"], "above 0 and at most 1"),
         ("tiny", ["--ratio", "nan"], "above 0 and at most 1"),
         ("tiny", ["--ratio", "0.01"], "blk.0.attn_in: no rank of Q8_0 (a multiple of 32)"),
+        ("tiny", ["--levels", "0.01,0.5"], "keeps a ratio of 0.01 or less; choose a larger first level"),
+        ("tiny", ["--levels", "0.5,0.51"], "fits between the levels 0.5 and 0.51; choose others or a"),
+        ("tiny", ["--levels", "0.5"], "--levels needs 2 to 8 rising ratios"),
+        ("tiny", ["--levels", "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"], "--levels needs 2 to 8 rising ratios"),
+        ("tiny", ["--levels", "0.5,1"], "must be below 1"),
+        ("tiny", ["--levels", "0,0.5"], "above 0 and at most 1"),
+        ("tiny", ["--levels", "low,high"], "--levels is 'low,high'; give numbers with commas between them."),
+        ("tiny", ["--levels", "0.5,0.7", "--ratio", "0.8"], "leave out --ratio"),
         ("tiny", ["--quant", "Q4_Z"], "Q4_0"),
         ("tiny", ["--quant", "I32"], "'I32' is not a type"),
         ("llama-3.2-1b", [], "ggml-vocab-llama-bpe.gguf is missing"),

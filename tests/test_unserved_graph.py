@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
 from gguf_edit import GGUF, Tensor
+from level_models import set_levels
 
 from skipcat_edge import format as fmt
 from skipcat_edge.cli import main
@@ -67,6 +68,21 @@ def test_deepseek2(demo_low_rank_gguf: Path, tmp_path: Path, low_rank: str) -> N
         assert f"'{fmt.weight_name(0, low_rank)}'" in result.stderr and result.stderr.count("\n") == 1
     else:
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(("low_rank", "served"), [("attn_output", True), ("attn_q", False)])
+def test_a_layer_that_is_dense_at_the_full_level(demo_low_rank_gguf: Path, tmp_path: Path, low_rank: str,
+                                                 served: bool) -> None:
+    file = deepseek2(GGUF.read(demo_low_rank_gguf), low_rank)
+    for of in (fmt.lr_a_name, fmt.lr_b_name):
+        file.rename(of(0, low_rank), of(0, low_rank, (0, 0)))
+    dense = deepseek2(GGUF.read(demo_low_rank_gguf), "")
+    file.tensors[fmt.weight_name(0, low_rank)] = dense.tensors[fmt.weight_name(0, low_rank)]
+    set_levels(file, (0.5, 0.8), "deepseek2")
+    path = file.write(tmp_path / "model.gguf")
+    result = CliRunner().invoke(main, ["generate", str(path), "-p", "Once", "-n", "2", "--threads", "1"])
+    assert result.exit_code == (0 if served else 2), result.output
+    assert served or f"'{fmt.weight_name(0, low_rank)}'" in result.stderr
 
 
 def test_a_check_of_the_runtime_keeps_later_reasons(demo_low_rank_gguf: Path, tmp_path: Path) -> None:

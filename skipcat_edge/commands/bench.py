@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import progressive_option, rank_level_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from skipcat_edge.bench_rows import Row, Setting
     from skipcat_edge.benchmark import Result
     from skipcat_edge.device import Device
+    from skipcat_edge.levels import Schedule
 
 
 def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
@@ -40,6 +42,8 @@ def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | No
 @click.option("--threads", callback=_thread_counts, metavar="N[,N...]|auto",
               help="Several are compared; `auto` tries numbers up to that of the cores.  [default: one for "
                    "each physical core; with --device, what suits it]")
+@rank_level_option("all", say="`all` measures every level of each file in turn.")
+@progressive_option
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast the threads read memory, which takes a few seconds.")
@@ -56,8 +60,9 @@ def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | No
 @click.option("--phone-tools", type=click.Path(file_okay=False, path_type=Path),
               help="With --adb: the folder with llama-bench.  [default: build/phone/DEVICE]")
 def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads: list[int] | None,
-            repetitions: int, bandwidth: bool, output: str | None, as_json: bool, against: Path | None,
-            device: str | None, adb: bool, serial: str | None, phone_tools: Path | None) -> None:
+            rank_level: float | Literal["all"] | None, progressive: Schedule | None, repetitions: int,
+            bandwidth: bool, output: str | None, as_json: bool, against: Path | None, device: str | None,
+            adb: bool, serial: str | None, phone_tools: Path | None) -> None:
     """Measure FILEs side by side: tokens per second, time to first token, load time and memory.
 
     Each file has a fresh process; they take turns, so that several files share the machine's
@@ -70,16 +75,21 @@ def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads
     from skipcat_edge.bench_rows import read_rows
     from skipcat_edge.terminal import new_progress
 
+    if progressive is not None and rank_level is not None:
+        raise UserError("--progressive sets the level of every token; leave out --rank-level.")
     earlier = None if against is None else read_rows(against)
     if adb:
+        if rank_level is not None or progressive is not None:
+            raise UserError("llama-bench, which measures on phones, knows only the full level; leave out "
+                            "--rank-level and --progressive.")
         measure, steps, setting = _on_phone(device, threads, serial, phone_tools)
     elif serial or phone_tools:
         raise UserError("--serial and --phone-tools are about a phone; add --adb.")
     else:
-        measure, steps, setting = _here(device, threads, bandwidth)
+        measure, steps, setting = _here(device, threads, bandwidth, rank_level, progressive)
 
     with new_progress() as progress:
-        task = progress.add_task("loading", total=steps(len(files), repetitions))
+        task = progress.add_task("loading", total=steps(files, repetitions))
         started = False
 
         def advance(file: str) -> None:
@@ -92,14 +102,15 @@ def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads
     _print(results, setting(), "json" if as_json else output, earlier)
 
 
-_Plan = tuple["Callable[..., list[Result]]", "Callable[[int, int], int]", "Callable[[], Setting]"]
+_Plan = tuple["Callable[..., list[Result]]", "Callable[[Sequence[str], int], int]", "Callable[[], Setting]"]
 """What measures, in how many steps, and what then tells the setting."""
 
 
-def _here(name: str | None, threads: list[int] | None, bandwidth: bool) -> _Plan:
+def _here(name: str | None, threads: list[int] | None, bandwidth: bool,
+          rank_level: float | Literal["all"] | None, progressive: Schedule | None) -> _Plan:
     from skipcat_edge.bandwidth import affordable_bandwidth
     from skipcat_edge.bench_rows import this_machine
-    from skipcat_edge.benchmark import bench, steps, sweep
+    from skipcat_edge.benchmark import bench, bench_levels, steps, sweep
     from skipcat_edge.cores import usable_cores
     from skipcat_edge.device import load_device
     from skipcat_edge.session import default_threads
@@ -108,9 +119,14 @@ def _here(name: str | None, threads: list[int] | None, bandwidth: bool) -> _Plan
     if name is not None:
         default = _pin(load_device(name), default)
     counts = [default] if threads is None else threads or sweep(usable_cores())
-    measure = partial(bench, threads=counts, bandwidth=affordable_bandwidth if bandwidth else None)
-    return (measure, lambda files, repetitions: steps(files, len(counts), repetitions),
-            lambda: this_machine(name or "host"))
+    measure = partial(bench, threads=counts, bandwidth=affordable_bandwidth if bandwidth else None,
+                      rank_level=rank_level, progressive=progressive)
+
+    def all_steps(files: Sequence[str], repetitions: int) -> int:
+        measured = sum(len(bench_levels(Path(file), rank_level, progressive)) for file in files)
+        return steps(measured, len(counts), repetitions)
+
+    return measure, all_steps, lambda: this_machine(name or "host")
 
 
 def _pin(device: Device, default: int) -> int:
@@ -141,7 +157,8 @@ def _on_phone(name: str | None, threads: list[int] | None, serial: str | None, t
     if count is None or tools is None:
         raise UserError("Which phone is it? Give --device, or both --threads and --phone-tools.")
     measure = partial(bench_adb, threads=count, cpus=cpus, tools=tools, device=name or "...", serial=serial)
-    return measure, lambda files, repetitions: files * (repetitions + 1), lambda: a_phone(name or "unknown")
+    return (measure, lambda files, repetitions: len(files) * (repetitions + 1),
+            lambda: a_phone(name or "unknown"))
 
 
 def _print(results: Sequence[Result], setting: Setting, output: str | None,

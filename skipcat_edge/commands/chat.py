@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import dial_options, wish_of
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
     from skipcat_edge.chat_input import Message
     from skipcat_edge.conversation import Conversation
+    from skipcat_edge.levels import Schedule
 
 _HELP = """\
 /clear          forget the conversation
@@ -34,8 +36,10 @@ A line that ends in \\ goes on in the next one; all lines between two \""" are o
               help="Temperature; 0 always takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="Makes a temperature above 0 repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@dial_options
 def command(file: Path, system: str | None, tokens: int, context: int, temp: float, seed: int | None,
-            threads: int | None) -> None:
+            threads: int | None, rank_level: float | str | None, target_tps: float | None,
+            max_temp: float | None, progressive: Schedule | None) -> None:
     """Chat with the model in FILE.
 
     A line is a message; /help tells how to write longer ones, and what else there is. Ctrl-C stops a reply,
@@ -45,11 +49,16 @@ def command(file: Path, system: str | None, tokens: int, context: int, temp: flo
     from skipcat_edge.chat_input import line_reader, read_message
     from skipcat_edge.conversation import Conversation
     from skipcat_edge.generation import Sampling
+    from skipcat_edge.level_control import check_wish, new_control
     from skipcat_edge.session import model_info, open_generative
 
+    wish = wish_of(rank_level, target_tps, max_temp, progressive)
+    checked = None if wish is None else check_wish(file, wish)
     context = min(context, model_info(file).context_length or context)
-    conversation = Conversation(open_generative(file, context, threads), context=context, max_tokens=tokens,
-                                sampling=Sampling(temp, seed), system=system)
+    llama = open_generative(file, context, threads)
+    control = None if checked is None else new_control(llama, *checked)
+    conversation = Conversation(llama, context=context, max_tokens=tokens, sampling=Sampling(temp, seed),
+                                system=system, control=control)
     if not conversation.has_template:
         click.echo(f"{file.name} has no chat template: what you write is continued.", err=True)
     read = line_reader()
@@ -90,7 +99,7 @@ def _answer(conversation: Conversation, message: str) -> None:
         click.echo(error.message, err=True)
         return
     click.echo()
-    notes = [str(reply.statistics)]
+    notes = [str(reply.statistics), *([] if reply.levels is None else [reply.levels])]
     if not reply.statistics.tokens:
         notes.append("the message is forgotten")
     if reply.dropped:

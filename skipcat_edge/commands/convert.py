@@ -25,6 +25,11 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 @click.option("--budget", metavar="SIZE", help="Size of the whole file instead, for example 480MB.")
 @click.option("--bpw", type=click.FloatRange(0, min_open=True),
               help="Bits per dense weight of the linear layers instead, for example 3.6.")
+@click.option("--levels", metavar="RATIOS",
+              help="Rising ratios of one file whose speed is changed while it runs, for example 0.6,0.8; the "
+                   "last is the whole file's.")
+@click.option("--level-overhead", default=0.1, show_default=True, metavar="SHARE",
+              help="With --levels: parameters that the file may hold beyond those that its last level reads.")
 @click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
 @click.option("--head-quant",
               help="ggml type of token embeddings and output head.  [default: as in the base file]")
@@ -58,6 +63,8 @@ def command(
     ratio: float | None,
     budget: str | None,
     bpw: float | None,
+    levels: str | None,
+    level_overhead: float,
     quant: str,
     head_quant: str | None,
     method: str,
@@ -82,11 +89,14 @@ def command(
     """
     from skipcat_edge.conversion import convert
     from skipcat_edge.extra import phases
+    from skipcat_edge.ranks import parse_ratios
     from skipcat_edge.sizes import parse_size
 
     with phases() as phase:
         result = convert(
             source, output, ratio=ratio, budget=None if budget is None else parse_size(budget), bpw=bpw,
+            levels=() if levels is None else parse_ratios(levels, "--levels")[::-1],
+            level_overhead=level_overhead,
             quant=quant, head_quant=head_quant, method=method, allocation=allocation, rounding=rounding,
             calibration=calibration, stats=stats, compensate=not no_compensation, gradients=not no_grad,
             calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, base=base,
@@ -105,6 +115,9 @@ def _report(output: Path, result: ConvertResult) -> None:
         worst = max(result.owners, key=lambda report: report.error)
         click.echo(f"the linear layers keep {result.kept:.4f} of their parameters, in "
                    f"{len(result.owners)} low-rank projections")
+        for level in result.levels:
+            click.echo(f"level {level.ratio:g} reads {level.kept:.4f} of them; "
+                       f"predicted loss {level.loss:.4g}")
         click.echo(f"largest relative error of a projection: {worst.error:.4f} "
                    f"(block {worst.owner.block} {worst.owner.name}); "
                    f"largest |T|: {max(report.largest_t for report in result.owners):.2f}")

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import progressive_option, rank_level_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from skipcat_edge.divergence import Divergence
     from skipcat_edge.evaluation import Evaluation
+    from skipcat_edge.levels import Schedule
+    from skipcat_edge.progressive_eval import ProgressiveEvaluation
     from skipcat_edge.task_eval import TaskResult
 
 
@@ -45,11 +49,15 @@ if TYPE_CHECKING:
               help="Put the figures into FILE's model card, which lies beside it; it is made where there is "
                    "none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@rank_level_option(say="The reference always has its full level.")
+@progressive_option
+@click.option("--prompts", default=200, show_default=True, type=click.IntRange(min=1),
+              help="With --progressive: windows of the text that are measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
             context: int | None, window: int, max_tokens: int | None, reference: Path | None,
             samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
-            as_json: bool) -> None:
+            rank_level: float | None, progressive: Schedule | None, prompts: int, as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -57,6 +65,11 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     tokens for which both models hold the same next token most likely. Each figure has its standard
     error. The reference goes first, and its logits wait on disk: only one model is in memory at a
     time, and a second FILE is compared without it.
+
+    With --progressive: the same divergence and agreement by token after a prompt, which is the beginning
+    of a window and has the full level. The window's other tokens follow one by one, each computed at its
+    level. Also ROUGE-L's F-measure between what FILE and --reference make of the prompts. Standard errors
+    are over prompts.
 
     An embedding model: the mean cosine between its sentence embeddings and those of --reference,
     one for each line.
@@ -74,16 +87,25 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise UserError("--tasks names no task; give one, for example arc_easy.")
+    if rank_level is not None:
+        from skipcat_edge.levels import file_levels, require_level
+
+        require_level(file, file_levels(file), rank_level)
+    if progressive is not None and card:
+        raise UserError("--card takes figures of one level; leave it out with --progressive.")
     if card:
         from skipcat_edge import card_figures
 
         card_figures.require_card(file)
     found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
                       samples=samples, sample_tokens=sample_tokens, tasks=names, task_path=task_path,
-                      limit=limit, context=context, threads=threads)
+                      limit=limit, context=context, threads=threads, rank_level=rank_level,
+                      progressive=progressive, prompts=prompts)
     if not as_json:
         for sentence in _sentences(found, window, reference):
             click.echo(sentence)
+        if found.progressive is not None:
+            _print_progressive(found.progressive, prompts, window, reference)
         if found.tasks:
             if text is not None:
                 click.echo()
@@ -112,6 +134,32 @@ def _evaluate(file: Path, text: Path | None, **options: Any) -> Evaluation:
         return evaluate(file, content, name=str(text), begin=begin, **options)
 
 
+def _print_progressive(found: ProgressiveEvaluation, wanted: int, window: int,
+                       reference: Path | None) -> None:
+    from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
+
+    few = f" (the text has no more windows of {window})" if found.prompts < wanted else ""
+    click.echo(f"{found.prompts} prompts{few}, {found.tokens} tokens after each, levels {found.schedule}; "
+               f"{decimal_bytes(found.bytes_per_token)} of weights are read per token")
+    click.echo(_kl_sentence(found.divergence, reference))
+    click.echo(_top1_sentence(found.divergence))
+    click.echo(f"ROUGE-L with its continuations: {found.rouge_l:.4f} ± {found.rouge_l_se:.4f}\n")
+    table = new_table("tokens", "level", "KL divergence", "top-1 %", left=1)
+    for span in found.spans:
+        table.add_row(str(span.first) if span.first == span.last else f"{span.first}-{span.last}",
+                      f"{span.level:g}", f"{span.kl:.6f} ± {span.kl_se:.6f}",
+                      f"{100 * span.top1:.2f} ± {100 * span.top1_se:.2f}")
+    stdout_console().print(table)
+
+
+def _kl_sentence(found: Divergence, reference: Path | None) -> str:
+    return f"KL divergence from {reference}: {found.kl:.6f} ± {found.kl_se:.6f} nats per token"
+
+
+def _top1_sentence(found: Divergence) -> str:
+    return f"top-1 agreement with it: {100 * found.top1:.2f} ± {100 * found.top1_se:.2f} %"
+
+
 def _print_tasks(results: Sequence[TaskResult], file: Path, reference: Path | None) -> None:
     from skipcat_edge.task_eval import with_error
     from skipcat_edge.terminal import new_table, stdout_console
@@ -136,8 +184,8 @@ def _sentences(found: Evaluation, window: int, reference: Path | None) -> Iterat
         yield (f"perplexity {text.ppl:.4f} ± {text.ppl_se:.4f} over {text.tokens:,} tokens, "
                f"windows of {window}")
     if divergence is not None:
-        yield (f"KL divergence from {reference}: {divergence.kl:.6f} ± {divergence.kl_se:.6f} nats per token")
-        yield f"top-1 agreement with it: {100 * divergence.top1:.2f} ± {100 * divergence.top1_se:.2f} %"
+        yield _kl_sentence(divergence, reference)
+        yield _top1_sentence(divergence)
     for sample in found.samples:
         yield ""
         told = (("text", sample.prompt), ("reference", sample.reference), ("model", sample.model))

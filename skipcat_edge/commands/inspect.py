@@ -11,7 +11,10 @@ import click
 from skipcat_edge.commands.examples import example
 
 if TYPE_CHECKING:
-    from skipcat_edge.inspection import Inspection
+    from rich.table import Table
+
+    from skipcat_edge.format import Owner
+    from skipcat_edge.inspection import DenseLayer, Inspection
 
 
 @click.command(short_help="Show ranks, types, sizes and provenance of a GGUF file.",
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 def command(file: Path, as_json: bool, plot: Path | None, force: bool) -> None:
     """Show what FILE stores, layer by layer, low-rank or dense; llama.cpp is not needed.
 
-    The ratio is stored parameters over those of the dense layers that they replace.
+    The ratio is stored parameters over those of the dense layers that they replace. Of a file with levels it
+    also tells which of them use each part, and what each reads to decode a token.
     """
     from skipcat_edge.inspection import inspect
 
@@ -42,6 +46,18 @@ def command(file: Path, as_json: bool, plot: Path | None, force: bool) -> None:
         _print(inspection)
 
 
+def _level_table(inspection: Inspection) -> Table:
+    from skipcat_edge.terminal import decimal_bytes, new_table
+
+    losses = any(level.loss is not None for level in inspection.levels)
+    table = new_table("level", "parameters kept", "bytes per token", "of the full level",
+                      *(["predicted loss"] if losses else []))
+    for level in inspection.levels:
+        table.add_row(f"{level.ratio:g}", f"{level.kept:.4f}", decimal_bytes(level.bytes_per_token),
+                      f"{level.share:.1%}", *([] if level.loss is None else [f"{level.loss:.5f}"]))
+    return table
+
+
 def _short_names(members: list[str]) -> str:
     """`q k v` for attn_q, attn_k and attn_v; nothing for a member that owns its projection."""
     return "" if len(members) == 1 else " ".join(name.partition("_")[2] for name in members)
@@ -52,18 +68,26 @@ def _print(inspection: Inspection) -> None:
 
     from skipcat_edge.terminal import decimal_bytes, new_table, stdout_console
 
-    table = new_table("layer", "owner", "members", "m x n", "rank", "skip", "ratio", "types", "bytes", left=3)
+    def levels(part: Owner | DenseLayer) -> list[str]:
+        ratios = [f"{ratio:g}" for ratio in inspection.levels_of(part)]
+        return [] if not inspection.levels else ["all" if len(ratios) == len(inspection.levels)
+                                                 else " ".join(ratios)]
+
+    leveled = ["levels"] if inspection.levels else []
+    table = new_table("layer", "owner", "members", *leveled, "m x n", "rank", "skip", "ratio", "types",
+                      "bytes", left=3 + len(leveled))
     rows: list[tuple[int, str, tuple[str, ...]]] = []
     for owner in inspection.owners:
         types = dict.fromkeys([owner.type.name, *(member.type.name for member in owner.members)])
         rows.append((owner.layer, owner.name, (
-            _short_names([member.name for member in owner.members]), f"{owner.m} x {owner.n}",
+            _short_names([member.name for member in owner.members]), *levels(owner), f"{owner.m} x {owner.n}",
             f"{owner.rank}/{owner.full_rank}", "yes" if owner.skip else "no", f"{owner.ratio:.3f}",
             " ".join(types), decimal_bytes(owner.total_bytes),
         )))
     for dense in inspection.dense_layers:
         rows.append((dense.layer, dense.name, (
-            "", f"{dense.m} x {dense.n}", "dense", "", "", dense.type, decimal_bytes(dense.nbytes),
+            "", *levels(dense), f"{dense.m} x {dense.n}", "dense", "", "", dense.type,
+            decimal_bytes(dense.nbytes),
         )))
     for layer, name, cells in sorted(rows):
         table.add_row(str(layer), name, *cells)
@@ -72,6 +96,9 @@ def _print(inspection: Inspection) -> None:
     console = stdout_console()
     size = decimal_bytes(inspection.file_bytes)
     console.print(escape(f"{inspection.file}: {inspection.architecture}, {size}"))
+    if inspection.levels:
+        console.print()
+        console.print(_level_table(inspection))
     if rows:
         console.print()
         console.print(table)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from skipcat_edge.commands.examples import example
+from skipcat_edge.commands.level_options import aim_options, wish_of
 from skipcat_edge.errors import UserError
 
 
@@ -23,21 +24,32 @@ from skipcat_edge.errors import UserError
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(min=64),
               help="Tokens of a whole conversation, never more than the model was trained for.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@aim_options
 @click.option("--alias", multiple=True,
               help="Name of the model in answers; may be given several times.  [default: the file's]")
 def command(file: Path, host: str, port: int, api_key: str | None, context: int, threads: int | None,
+            rank_level: float | str | None, target_tps: float | None, max_temp: float | None,
             alias: tuple[str, ...]) -> None:
     """Serve the model in FILE over HTTP, as OpenAI's API and as a page to chat with it.
 
     Requests are answered one after another, in the order in which they come. An embedding model has
     /v1/embeddings, every other one /v1/chat/completions and /v1/completions. Ctrl-C ends it.
+
+    A request may choose its own level of a file that has several, with "rank_level": 0.6 or
+    "progressive": "0:0.8,32:0.6" beside OpenAI's fields.
     """
     from skipcat_edge.extra import require_packages
 
     require_packages("Serving needs", "serve", "fastapi", "uvicorn")
+    from skipcat_edge.level_control import check_wish, new_control
+    from skipcat_edge.levels import file_levels
     from skipcat_edge.session import import_llama_cpp, model_info
 
     info = model_info(file)
+    wish = wish_of(rank_level, target_tps, max_temp)
+    wish, known = (None, file_levels(file)) if wish is None else check_wish(file, wish)
+    if wish is None and len(known) > 1:
+        wish = known[-1]  # a request with another level must not leave it to the next one
     import_llama_cpp()
     from skipcat_edge.serve.app import create_app
     from skipcat_edge.serve.engine import Engine
@@ -54,7 +66,9 @@ def command(file: Path, host: str, port: int, api_key: str | None, context: int,
     context = min(context, info.context_length or context)
     with listen(host, port) as listener:
         engine = Engine(open_served(file, info, context, threads))
-        app = create_app(engine, alias or (file.stem,), embedding=info.embedding, context=context)
+        control = None if wish is None else new_control(engine.llama, wish, known)
+        app = create_app(engine, alias or (file.stem,), embedding=info.embedding, context=context,
+                         levels=known, control=control)
         hosts = frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
         address = url(host, listener)
         run(Guard(app, hosts=hosts, api_key=api_key), engine, listener,

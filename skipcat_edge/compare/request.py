@@ -126,7 +126,7 @@ def _given(request: Request) -> list[Entry]:
             types.update(member.type.name for member in owner.members)
         found.append(Entry(
             path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, label,
-            types.most_common(1)[0][0] if types else "-", inspection.totals.ratio, given=True, shown=name))
+            types.most_common(1)[0][0] if types else "-", inspection.kept, given=True, shown=name))
     return found
 
 

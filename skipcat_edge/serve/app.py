@@ -14,16 +14,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from skipcat_edge.errors import UserError
+from skipcat_edge.level_control import Control, checked, new_control
 from skipcat_edge.serve.engine import Answer, Engine, Work
-from skipcat_edge.serve.errors import JSON, RequestError
+from skipcat_edge.serve.errors import JSON, RequestError, request_error
 from skipcat_edge.serve.prompt import encode_short, require_room
 from skipcat_edge.serve.requests import (
+    Body,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
     chat_options,
     completion_options,
     text_of,
+    wish_of,
 )
 
 # The page is one file: nothing but its own script, styles and this server.
@@ -35,11 +39,18 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+_Choose = Callable[[Body], Control | None]
 
-def create_app(engine: Engine, names: Sequence[str], *, embedding: bool, context: int) -> FastAPI:
-    """The application that answers by `engine`'s model, which has `names`, the first one its own."""
+
+def create_app(engine: Engine, names: Sequence[str], *, embedding: bool, context: int,
+               levels: Sequence[float] = (1.0,), control: Control | None = None) -> FastAPI:
+    """The application that answers by `engine`'s model, which has `names`, the first one its own.
+
+    `levels`: those of its file; `control` sets the one for requests that name none.
+    """
     app = FastAPI(openapi_url=None)
     app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(UserError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_such_address)
 
@@ -52,14 +63,21 @@ def create_app(engine: Engine, names: Sequence[str], *, embedding: bool, context
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "skipcat-edge"} for name in names]
         return JSON({"object": "list", "data": data})
 
+    def choose(body: Body) -> Control | None:
+        """What sets the level for one request. Raises UserError for a level that the file does not have."""
+        wish = wish_of(body)
+        if wish is not None:
+            wish = checked(wish, names[0], levels)
+        return control if wish is None or len(levels) == 1 else new_control(engine.llama, wish, levels)
+
     if embedding:
-        _add_embeddings(app, engine, names)
+        _add_embeddings(app, engine, names, choose)
     else:
-        _add_completions(app, engine, names, context)
+        _add_completions(app, engine, names, context, choose)
     return app
 
 
-def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
+def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str], choose: _Choose) -> None:
     llama = engine.llama
 
     @app.post("/v1/embeddings")
@@ -67,8 +85,11 @@ def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
         texts = [body.input] if isinstance(body.input, str) else body.input
         if not texts:
             raise RequestError(400, "There is no text to embed; send at least one.")
+        control = choose(body)
 
         def work() -> Iterator[dict[str, Any]]:
+            if control is not None:
+                control.begin()
             encoded = [text.encode("utf-8", errors="replace") for text in texts]
             for number, text in enumerate(encoded, start=1):
                 engine.require_wanted()
@@ -86,7 +107,8 @@ def _add_embeddings(app: FastAPI, engine: Engine, names: Sequence[str]) -> None:
         return await _respond(request, engine, work, stream=False)
 
 
-def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context: int) -> None:
+def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context: int,
+                     choose: _Choose) -> None:
     llama = engine.llama
 
     @app.get("/")
@@ -101,7 +123,8 @@ def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context
         def begin() -> Any:
             return llama.create_chat_completion(**options)
 
-        return await _respond(request, engine, _generation(engine, body, begin), stream=body.stream)
+        work = _generation(engine, body, begin, choose(body))
+        return await _respond(request, engine, work, stream=body.stream)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -114,7 +137,8 @@ def _add_completions(app: FastAPI, engine: Engine, names: Sequence[str], context
             require_room(tokens, context)
             return llama.create_completion(tokens, **options)
 
-        return await _respond(request, engine, _generation(engine, body, begin), stream=body.stream)
+        work = _generation(engine, body, begin, choose(body))
+        return await _respond(request, engine, work, stream=body.stream)
 
 
 def _name(wanted: str | None, names: Sequence[str]) -> str:
@@ -122,9 +146,10 @@ def _name(wanted: str | None, names: Sequence[str]) -> str:
     return wanted if wanted is not None and wanted in names else names[0]
 
 
-def _generation(engine: Engine, body: ChatRequest | CompletionRequest, begin: Callable[[], Any]) -> Work:
+def _generation(engine: Engine, body: ChatRequest | CompletionRequest, begin: Callable[[], Any],
+                control: Control | None) -> Work:
     def work() -> Iterator[dict[str, Any]]:
-        engine.most_tokens = body.max_tokens
+        engine.most_tokens, engine.control = body.max_tokens, control
         answer = begin()
         chunk: dict[str, Any] = {}
         for chunk in answer if body.stream else (answer,):
@@ -185,8 +210,8 @@ def _event(item: dict[str, Any]) -> str:
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return JSON(error.body(), error.status)
+    told = request_error(error)
+    return JSON(told.body(), told.status)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcat_edge.serve.errors import RequestError, request_error
 from skipcat_edge.serve.grammar import require_sound_grammar, sample_by_grammar
 from skipcat_edge.session import import_llama_cpp
+
+if TYPE_CHECKING:
+    from skipcat_edge.level_control import Control
 
 Work = Callable[[], Iterator[dict[str, Any]]]
 
@@ -82,10 +85,13 @@ class Engine:
         self.llama = llama
         self.usage = Usage()
         """Of the answer that runs; read it in the work itself."""
+        self.control: Control | None = None
+        """What sets the level for the answer that runs; set it in the work itself."""
         self.most_tokens: int | None = None
         """Of the answer that runs; the work itself sets it."""
         self._full = self._overrun = False
         self._prompt: list[int] = []
+        self._prompt_level: float | None = None
         self._decode, self._generate, self._sample = llama._ctx.decode, llama.generate, llama.sample
         llama._ctx.decode, llama.generate = self._decode_while_wanted, self._generate_afresh
         llama.sample = self._sample_safely
@@ -153,22 +159,24 @@ class Engine:
     def _generate_afresh(self, tokens: Sequence[int], **options: Any) -> Iterator[int]:
         """Llama.generate, with the same tokens whatever was computed before.
 
-        Of the earlier prompt only whole batches are used again: these were computed exactly as they would
-        be now. Llama.generate would use all tokens that are the same, such as the answer, which was
-        computed token by token, with other rounding.
+        Of the earlier prompt only whole batches are used again, and only at the same level: these were
+        computed exactly as they would be now. Llama.generate would use all tokens that are the same, such as
+        the answer, which was computed token by token, with other rounding.
         """
         llama = self.llama
         if options.get("grammar") is not None:
             require_sound_grammar(llama, options["grammar"])
-        same = llama.longest_token_prefix(self._prompt, tokens)
+        level = None if self.control is None else self.control.prompt
+        same = llama.longest_token_prefix(self._prompt, tokens) if level == self._prompt_level else 0
         llama.n_tokens = min(same, llama.n_tokens, len(tokens) - 1) // llama.n_batch * llama.n_batch
-        self._prompt = list(tokens)
+        self._prompt, self._prompt_level = list(tokens), level
         self.usage, self._full, self._overrun = Usage(len(tokens)), False, False
         room = llama._n_ctx - len(tokens)
         limit = min(self.most_tokens or room, room)
         llama_cpp = import_llama_cpp()
         vocab = llama_cpp.llama_model_get_vocab(llama.model)
-        for token in self._generate(tokens, **options):
+        written = self._generate(tokens, **options)
+        for token in written if self.control is None else self.control.over(written):
             ends = llama_cpp.llama_vocab_is_eog(vocab, token)
             self.usage.completion += not ends
             self._full = not ends and self.usage.completion >= limit

@@ -12,6 +12,9 @@ from llama_cpp.server.types import (
 )
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from skipcat_edge.errors import UserError
+from skipcat_edge.level_control import Wish
+from skipcat_edge.levels import parse_schedule
 from skipcat_edge.serve.errors import RequestError
 from skipcat_edge.serve.grammar import schema_grammar
 
@@ -65,12 +68,16 @@ class ChatRequest(_Generation, CreateChatCompletionRequest):  # type: ignore[mis
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     """OpenAI's newer name of max_tokens."""
+    rank_level: float | None = None
+    progressive: str | None = None
 
 
 class CompletionRequest(_Generation, CreateCompletionRequest):  # type: ignore[misc]
     """The continuation of a text is wanted."""
 
     max_tokens: int = Field(16, ge=1)
+    rank_level: float | None = None
+    progressive: str | None = None
 
 
 class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
@@ -78,7 +85,10 @@ class EmbeddingRequest(CreateEmbeddingRequest):  # type: ignore[misc]
 
     encoding_format: Literal["float", "base64"] = "float"
     """Floats are sent in either case, which OpenAI's client takes too."""
+    rank_level: float | None = None
 
+
+Body = ChatRequest | CompletionRequest | EmbeddingRequest
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
              "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta")
@@ -124,6 +134,17 @@ def completion_options(request: CompletionRequest, vocabulary: int) -> dict[str,
     if (request.best_of or 1) > 1:
         raise RequestError(400, "This server gives one answer to a request; leave best_of out.")
     return _common_options(request, vocabulary)
+
+
+def wish_of(request: Body) -> Wish | None:
+    """At which level the answer is wanted; None for the server's own. Raises UserError where it says two
+    things, or its schedule is none."""
+    progressive = getattr(request, "progressive", None)
+    if progressive is None:
+        return request.rank_level
+    if request.rank_level is not None:
+        raise UserError("progressive sets the level of every token; leave out rank_level.")
+    return parse_schedule(progressive)
 
 
 def text_of(request: CompletionRequest) -> str:

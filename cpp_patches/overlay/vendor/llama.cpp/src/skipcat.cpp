@@ -1,7 +1,9 @@
 #include "skipcat.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model-loader.h"
+#include "llama-model.h"
 
 #include "ggml-skipcat.h"
 
@@ -11,8 +13,10 @@
 #include <stdexcept>
 #include <vector>
 
-#define SKIPCAT_RUNTIME_REVISION 4
-#define SKIPCAT_FORMAT_VERSION   1
+#define SKIPCAT_RUNTIME_REVISION 5
+#define SKIPCAT_FORMAT_VERSION   2
+
+#define SKIPCAT_MAX_LEVELS 8
 
 #define SKIPCAT_STR_(x) #x
 #define SKIPCAT_STR(x) SKIPCAT_STR_(x)
@@ -59,7 +63,8 @@ static long parse_runtime(const std::string & s) {
     return digits.find_first_not_of("0123456789") == std::string::npos ? strtol(digits.c_str(), nullptr, 10) : 0;
 }
 
-static void check_versions(const gguf_context * meta) {
+// the file's format version
+static uint32_t check_versions(const gguf_context * meta) {
     const int64_t version_id = gguf_find_key(meta, "skipcat.format_version");
     if (version_id < 0 || gguf_get_kv_type(meta, version_id) != GGUF_TYPE_UINT32) {
         throw std::runtime_error("key 'skipcat.format_version' is missing or not a u32");
@@ -82,6 +87,51 @@ static void check_versions(const gguf_context * meta) {
     if (revision > SKIPCAT_RUNTIME_REVISION) {
         throw std::runtime_error(format("skipcat.runtime_min is %s, but this runtime is %s", runtime.c_str(), skipcat_runtime_version()));
     }
+
+    return version;
+}
+
+static std::vector<float> read_levels(const gguf_context * meta, uint32_t version) {
+    const int64_t levels_id = gguf_find_key(meta, "skipcat.levels");
+    if (version == 1) {
+        if (levels_id >= 0) {
+            throw std::runtime_error("key 'skipcat.levels' is in a file of skipcat.format_version 1, which has no levels");
+        }
+        const int64_t ratio_id = gguf_find_key(meta, "skipcat.ratio");
+        const bool has_ratio = ratio_id >= 0 && gguf_get_kv_type(meta, ratio_id) == GGUF_TYPE_FLOAT32;
+        return { has_ratio ? gguf_get_val_f32(meta, ratio_id) : 1.0f };
+    }
+
+    if (levels_id < 0 || gguf_get_kv_type(meta, levels_id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, levels_id) != GGUF_TYPE_FLOAT32) {
+        throw std::runtime_error("key 'skipcat.levels' is missing or not an array of f32");
+    }
+    const size_t n_levels = gguf_get_arr_n(meta, levels_id);
+    if (n_levels < 2 || n_levels > SKIPCAT_MAX_LEVELS) {
+        throw std::runtime_error(format("key 'skipcat.levels' has %zu values, but a file has 2 to %d levels", n_levels, SKIPCAT_MAX_LEVELS));
+    }
+    const float * ratios = (const float *) gguf_get_arr_data(meta, levels_id);
+    float below = 0.0f;
+    for (size_t i = 0; i < n_levels; i++) {
+        // written so that it refuses NaN as well
+        if (!(ratios[i] > below && ratios[i] <= 1.0f)) {
+            throw std::runtime_error("key 'skipcat.levels' does not rise between 0 and 1");
+        }
+        below = ratios[i];
+    }
+    return { ratios, ratios + n_levels };
+}
+
+static bool has_factor_name(const std::string & name, const std::vector<skipcat_range> & ranges) {
+    if (!starts_with(name, "blk.")) {
+        return false;
+    }
+    for (const auto & range : ranges) {
+        if (ends_with(name, (".lr_a" + range.infix + ".weight").c_str()) || ends_with(name, (".lr_b" + range.infix + ".weight").c_str()) ||
+                ends_with(name, (".skip_mask" + range.infix).c_str())) {
+            return true;
+        }
+    }
+    return false;
 }
 
 std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml) {
@@ -89,16 +139,27 @@ std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml) {
         return nullptr;
     }
 
-    check_versions(ml.metadata);
+    auto model = std::make_shared<skipcat_model>();
+
+    const uint32_t version = check_versions(ml.metadata);
+    model->levels = read_levels(ml.metadata, version);
+
+    const int32_t n_levels = (int32_t) model->levels.size();
+    for (int32_t first = 0; first < n_levels; first++) {
+        for (int32_t last = first; last < n_levels; last++) {
+            const bool all = first == 0 && last == n_levels - 1;
+            model->ranges.push_back({ first, last, all ? "" : format(".%d.%d", first, last) });
+        }
+    }
 
     size_t n_factors = 0;
     for (const auto & [name, weight] : ml.weights_map) {
         if (!is_factor(name)) {
             continue;
         }
-        const bool known = ends_with(name, ".lr_a.weight") || ends_with(name, ".lr_b.weight") || ends_with(name, ".skip_mask");
-        if (!known || !starts_with(name, "blk.")) {
-            throw std::runtime_error(format("tensor '%s' is not a tensor of skipcat.format_version %d", name.c_str(), SKIPCAT_FORMAT_VERSION));
+        if (!has_factor_name(name, model->ranges)) {
+            throw std::runtime_error(format("tensor '%s' is not a tensor of skipcat.format_version %u with %d level%s",
+                    name.c_str(), version, n_levels, n_levels == 1 ? "" : "s"));
         }
         n_factors++;
     }
@@ -109,7 +170,6 @@ std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml) {
         /*.no_alloc   =*/ true,
     };
 
-    auto model = std::make_shared<skipcat_model>();
     model->ctx.reset(ggml_init(params));
     if (!model->ctx) {
         throw std::runtime_error("failed to create ggml context");
@@ -139,11 +199,11 @@ static llm_tensor group_of(llm_tensor member) {
 }
 
 // Q8_1 and Q8_K hold activations only, the integer types and F64 have no mul_mat
-static void check_factor_type(const ggml_tensor * t) {
+static void check_weight_type(const ggml_tensor * t) {
     const bool is_float = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
     const bool is_quant = ggml_is_quantized(t->type) && t->type != GGML_TYPE_Q8_1 && t->type != GGML_TYPE_Q8_K;
     if (!is_float && !is_quant) {
-        throw std::runtime_error(format("tensor '%s' has type %s, which cannot be a factor", ggml_get_name(t), ggml_type_name(t->type)));
+        throw std::runtime_error(format("tensor '%s' has type %s, which cannot be multiplied", ggml_get_name(t), ggml_type_name(t->type)));
     }
 }
 
@@ -179,14 +239,18 @@ static const skipcat_owner * create_owner(
         const LLM_TN & tn,
         llm_tensor tensor,
         int bid,
+        const std::string & infix,
         int64_t n,
         int64_t rank,
         const std::string & b_name,
         const skipcat_create_fn & create) {
     skipcat_model & model = *ml.skipcat;
 
-    const auto a_tn    = tn(tensor, "lr_a.weight", bid);
-    const auto mask_tn = tn(tensor, "skip_mask",   bid);
+    const std::string a_suffix    = "lr_a" + infix + ".weight";
+    const std::string mask_suffix = "skip_mask" + infix;
+
+    const auto a_tn    = tn(tensor, a_suffix.c_str(),    bid);
+    const auto mask_tn = tn(tensor, mask_suffix.c_str(), bid);
 
     const auto it = model.owners.find(a_tn.str());
     if (it != model.owners.end()) {
@@ -204,7 +268,7 @@ static const skipcat_owner * create_owner(
         throw std::runtime_error(format("tensor '%s' has rank %lld, but the layer has %lld inputs", b_name.c_str(), (long long) rank, (long long) n));
     }
 
-    check_factor_type(ml.require_tensor_meta(a_tn.str()));
+    check_weight_type(ml.require_tensor_meta(a_tn.str()));
 
     skipcat_owner owner = { nullptr, nullptr, n, rank };
     owner.a = create(a_tn, { has_mask ? n - rank : n, rank }, 0);
@@ -218,6 +282,69 @@ static const skipcat_owner * create_owner(
     return &model.owners.emplace(a_tn.str(), owner).first->second;
 }
 
+// the factors that a range of levels uses; b is null if the file has none of that range
+static skipcat_factors create_factors(
+        llama_model_loader & ml,
+        const LLM_TN_IMPL & tn,
+        llm_tensor group,
+        const skipcat_range & range,
+        const std::initializer_list<int64_t> & ne,
+        const skipcat_create_fn & create) {
+    const LLM_TN make_tn(tn.arch);
+
+    const std::string a_suffix = "lr_a" + range.infix + ".weight";
+    const std::string b_suffix = "lr_b" + range.infix + ".weight";
+
+    const auto b_tn = make_tn(tn.tensor, b_suffix.c_str(), tn.bid, tn.xid);
+    const std::string b_name = b_tn.str();
+
+    skipcat_factors factors = { nullptr, nullptr, range.first, range.last };
+
+    const ggml_tensor * b_meta = ml.get_tensor_meta(b_name.c_str());
+    if (b_meta == nullptr) {
+        return factors;
+    }
+
+    const int64_t n    = ne.begin()[0];
+    const int64_t m    = ne.begin()[1];
+    const int64_t rank = b_meta->ne[0];
+
+    const std::string own_name   = make_tn(tn.tensor, a_suffix.c_str(), tn.bid).str();
+    const std::string group_name = make_tn(group,     a_suffix.c_str(), tn.bid).str();
+
+    const bool is_own   = ml.get_weight(own_name.c_str())   != nullptr;
+    const bool is_group = ml.get_weight(group_name.c_str()) != nullptr;
+    if (!is_own && !is_group) {
+        throw std::runtime_error(format("tensor '%s' has no projection '%s' or '%s'", b_name.c_str(), own_name.c_str(), group_name.c_str()));
+    }
+
+    check_weight_type(b_meta);
+
+    factors.owner = create_owner(ml, make_tn, is_own ? tn.tensor : group, tn.bid, range.infix, n, rank, b_name, create);
+    factors.b     = create(b_tn, { rank, m }, 0);
+    ml.skipcat->created.insert(b_name);
+
+    return factors;
+}
+
+static bool uses(const skipcat_factors & factors, int32_t level) {
+    return factors.first <= level && level <= factors.last;
+}
+
+// the lowest level without factors, -1 if there is none
+static int32_t dense_level(const skipcat_weight & weight, int32_t n_levels) {
+    for (int32_t level = 0; level < n_levels; level++) {
+        bool has_factors = false;
+        for (const auto & factors : weight.factors) {
+            has_factors = has_factors || uses(factors, level);
+        }
+        if (!has_factors) {
+            return level;
+        }
+    }
+    return -1;
+}
+
 ggml_tensor * skipcat_create_tensor(
         llama_model_loader & ml,
         const LLM_TN_IMPL & tn,
@@ -225,22 +352,22 @@ ggml_tensor * skipcat_create_tensor(
         int flags,
         const skipcat_create_fn & create) {
     skipcat_model * model = ml.skipcat.get();
-    if (model == nullptr || tn.bid < 0 || tn.suffix == nullptr || strcmp(tn.suffix, "weight") != 0) {
+    if (model == nullptr || model->creating_dense || tn.bid < 0 || tn.suffix == nullptr || strcmp(tn.suffix, "weight") != 0) {
         return nullptr;
     }
-
-    const LLM_TN make_tn(tn.arch);
-    const auto b_tn = make_tn(tn.tensor, "lr_b.weight", tn.bid, tn.xid);
 
     const std::string w_name = tn.str();
-    const std::string b_name = b_tn.str();
 
-    const ggml_tensor * b_meta = ml.get_tensor_meta(b_name.c_str());
-    if (b_meta == nullptr) {
-        return nullptr;
+    std::string b_name; // of any factor, for messages
+    for (const auto & range : model->ranges) {
+        const std::string suffix = "lr_b" + range.infix + ".weight";
+        const std::string name   = LLM_TN(tn.arch)(tn.tensor, suffix.c_str(), tn.bid, tn.xid).str();
+        if (ml.get_weight(name.c_str()) != nullptr) {
+            b_name = name;
+        }
     }
-    if (ml.get_weight(w_name.c_str()) != nullptr) {
-        throw std::runtime_error(format("tensor '%s' is in the file besides its factor '%s'", w_name.c_str(), b_name.c_str()));
+    if (b_name.empty()) {
+        return nullptr;
     }
 
     const llm_tensor group = group_of(tn.tensor);
@@ -254,29 +381,32 @@ ggml_tensor * skipcat_create_tensor(
         return w;
     }
 
-    const int64_t n    = ne.begin()[0];
-    const int64_t m    = ne.begin()[1];
-    const int64_t rank = b_meta->ne[0];
-
-    const std::string own_name   = make_tn(tn.tensor, "lr_a.weight", tn.bid).str();
-    const std::string group_name = make_tn(group,     "lr_a.weight", tn.bid).str();
-
-    const bool is_own   = ml.get_weight(own_name.c_str())   != nullptr;
-    const bool is_group = ml.get_weight(group_name.c_str()) != nullptr;
-    if (!is_own && !is_group) {
-        throw std::runtime_error(format("tensor '%s' has no projection '%s' or '%s'", b_name.c_str(), own_name.c_str(), group_name.c_str()));
+    skipcat_weight weight = { {}, nullptr };
+    for (const auto & range : model->ranges) {
+        const skipcat_factors factors = create_factors(ml, tn, group, range, ne, create);
+        if (factors.b != nullptr) {
+            weight.factors.push_back(factors);
+        }
     }
 
-    check_factor_type(b_meta);
+    const ggml_tensor * dense_meta = ml.get_tensor_meta(w_name.c_str());
+    const int32_t level = dense_level(weight, (int32_t) model->levels.size());
+    if (level < 0 && dense_meta != nullptr) {
+        throw std::runtime_error(format("tensor '%s' is in the file besides its factor '%s'", w_name.c_str(), b_name.c_str()));
+    }
+    if (level >= 0) {
+        if (dense_meta == nullptr) {
+            throw std::runtime_error(format("tensor '%s' is missing, but level %d has no factors in its place", w_name.c_str(), level));
+        }
+        check_weight_type(dense_meta);
+        model->creating_dense = true;
+        weight.dense = create(tn, ne, 0);
+        model->creating_dense = false;
+    }
 
-    skipcat_weight weight;
-    weight.owner = create_owner(ml, make_tn, is_own ? tn.tensor : group, tn.bid, n, rank, b_name, create);
-    weight.b     = create(b_tn, { rank, m }, 0);
-    model->created.insert(b_name);
-
-    ggml_tensor * w = ggml_new_tensor_2d(model->ctx.get(), GGML_TYPE_F16, n, m);
+    ggml_tensor * w = ggml_new_tensor_2d(model->ctx.get(), GGML_TYPE_F16, ne.begin()[0], ne.begin()[1]);
     ggml_set_name(w, w_name.c_str());
-    model->weights.emplace(w, weight);
+    model->weights.emplace(w, std::move(weight));
 
     return w;
 }
@@ -351,6 +481,7 @@ static ggml_tensor * build_z(ggml_context * ctx, const skipcat_owner & owner, gg
 ggml_tensor * skipcat_mul_mat(
         ggml_context * ctx,
         const skipcat_model * model,
+        int32_t below,
         skipcat_graph_cache & cache,
         const ggml_tensor * w,
         ggml_tensor * x) {
@@ -362,12 +493,22 @@ ggml_tensor * skipcat_mul_mat(
         return nullptr;
     }
 
-    ggml_tensor *& z = cache[{ it->second.owner, x }];
-    if (z == nullptr) {
-        z = build_z(ctx, *it->second.owner, x);
+    const int32_t level = (int32_t) model->levels.size() - 1 - below;
+
+    ggml_tensor * y = nullptr;
+    for (const auto & factors : it->second.factors) {
+        if (!uses(factors, level)) {
+            continue;
+        }
+        ggml_tensor *& z = cache[{ factors.owner, x }];
+        if (z == nullptr) {
+            z = build_z(ctx, *factors.owner, x);
+        }
+        ggml_tensor * part = ggml_mul_mat(ctx, factors.b, z);
+        y = y == nullptr ? part : ggml_add(ctx, y, part);
     }
 
-    return ggml_mul_mat(ctx, it->second.b, z);
+    return y == nullptr ? ggml_mul_mat(ctx, it->second.dense, x) : y;
 }
 
 void skipcat_check_graph(const skipcat_model * model, ggml_cgraph * gf) {
@@ -382,4 +523,32 @@ void skipcat_check_graph(const skipcat_model * model, ggml_cgraph * gf) {
             }
         }
     }
+}
+
+//
+// levels
+//
+
+int32_t skipcat_n_levels(const llama_model * model) {
+    return model->skipcat ? (int32_t) model->skipcat->levels.size() : 1;
+}
+
+float skipcat_level_ratio(const llama_model * model, int32_t level) {
+    if (level < 0 || level >= skipcat_n_levels(model)) {
+        return -1.0f;
+    }
+    return model->skipcat ? model->skipcat->levels[level] : 1.0f;
+}
+
+int32_t skipcat_get_level(const llama_context * ctx) {
+    return skipcat_n_levels(&ctx->get_model()) - 1 - ctx->get_cparams().skipcat_below;
+}
+
+int32_t skipcat_set_level(llama_context * ctx, int32_t level) {
+    const int32_t n_levels = skipcat_n_levels(&ctx->get_model());
+    if (level < 0 || level >= n_levels) {
+        return -1;
+    }
+    ctx->get_cparams().skipcat_below = n_levels - 1 - level;
+    return 0;
 }

@@ -6,6 +6,9 @@
 // A weight W {n, m} may be stored as factors: z = x_S + T x_R once per owner and input,
 // y = B' z. The loader gives the architecture a placeholder of W's shape, without data;
 // build_lora_mm finds the factors by the placeholder.
+//
+// A file may have rank levels: at a level, W is the sum of the factors that the level uses,
+// and the dense weight where it uses none.
 
 #include "llama.h"
 #include "llama-arch.h"
@@ -21,6 +24,7 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 struct llama_model_loader;
 
@@ -32,16 +36,34 @@ struct skipcat_owner {
     int64_t       rank;
 };
 
-struct skipcat_weight {
+// one summand of a weight, used by the levels from first to last
+struct skipcat_factors {
     const skipcat_owner * owner;
     ggml_tensor         * b; // B' {rank, m}
+    int32_t first;
+    int32_t last;
+};
+
+struct skipcat_weight {
+    std::vector<skipcat_factors> factors;
+    ggml_tensor * dense; // null if every level has factors
+};
+
+// the levels that some factors are for; infix: what stands for them in the factors' names, "" for all levels
+struct skipcat_range {
+    int32_t     first;
+    int32_t     last;
+    std::string infix;
 };
 
 struct skipcat_model {
+    std::vector<float>         levels; // their ratios, rising; the last one is the whole file
+    std::vector<skipcat_range> ranges; // all that a name may have
     std::unordered_map<const ggml_tensor *, skipcat_weight> weights; // by placeholder
     std::map<std::string, skipcat_owner> owners;                     // by the name of a
     std::set<std::string> created;                                   // names of all tensors in use
     ggml_context_ptr ctx;                                            // the placeholders
+    bool creating_dense = false;                                     // the next weight is itself, not a placeholder
 };
 
 // z by owner and input, within one graph
@@ -67,10 +89,11 @@ ggml_tensor * skipcat_create_tensor(
 // throws with the tensor's name if a factor of the file was not used
 std::shared_ptr<const skipcat_model> skipcat_finish(const llama_model_loader & ml);
 
-// y = B' z for a placeholder w, null for any other weight
+// y for a placeholder w, null for any other weight; below: how far the level is from the last one
 ggml_tensor * skipcat_mul_mat(
         ggml_context * ctx,
         const skipcat_model * model,
+        int32_t below,
         skipcat_graph_cache & cache,
         const ggml_tensor * w,
         ggml_tensor * x);
@@ -84,4 +107,16 @@ extern "C" {
 
     // newest version of the file format that this runtime reads
     LLAMA_API int32_t skipcat_format_version(void);
+
+    // number of the file's rank levels, 1 for a file without
+    LLAMA_API int32_t skipcat_n_levels(const struct llama_model * model);
+
+    // kept share of the layers' parameters at a level, by its place from 0; 1 for a dense file, -1 for no such level
+    LLAMA_API float skipcat_level_ratio(const struct llama_model * model, int32_t level);
+
+    // the level that decodes of this context use, at first the last one
+    LLAMA_API int32_t skipcat_get_level(const struct llama_context * ctx);
+
+    // from the next decode on; returns 0, or -1 and changes nothing if the file has no such level
+    LLAMA_API int32_t skipcat_set_level(struct llama_context * ctx, int32_t level);
 }

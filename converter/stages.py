@@ -1,0 +1,96 @@
+"""A layer's factors one after another: what each is fitted to where levels use some of them only.
+
+The factors of a lower level are fitted as if there were no other, so that nothing above can harm it. Those
+that a higher level adds are fitted to what the stored ones leave, rounding included (in exact numbers the
+same as cutting one decomposition twice: Eckart-Young), and to the inputs that their own level reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from gguf import GGMLQuantizationType
+
+from .candidates import Problem
+from .compensation import CompressedInput
+from .factorize import factorize, refit
+from .plan import PlannedOwner
+from .quantized import QuantizedFactors, Rounding, quantize_factors
+
+# Of the mean of H's diagonal: where the inputs say nothing the target stays W.
+_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class FittedStage:
+    """Factors as they are stored, and what they take of the problem."""
+
+    quantized: QuantizedFactors
+    error: float
+    """What is left of the loss of leaving the layers out, before rounding, in [0, 1]."""
+    largest_t: float
+    taken_w: torch.Tensor
+    """Of W: [m, n], what the runtime computes with."""
+    taken_c: torch.Tensor
+    """Of C: [k, n]."""
+
+
+def fit_stage(
+    owner: PlannedOwner, whole: Problem, below: Sequence[FittedStage], type_: GGMLQuantizationType,
+    rounding: Rounding,
+) -> FittedStage:
+    """The factors of `owner`, to be added to those of `below`, for the layers that `whole` describes.
+
+    Raises ValueError or RuntimeError where there are none.
+    """
+    left = whole
+    for stage in below:
+        left = replace(left, W=left.W - stage.taken_w.to(left.W), C=left.C - stage.taken_c)
+    factors = factorize(left.W, left.decomposition(), owner.rank, owner.skip)
+    quantized = quantize_factors(factors, left.W, left.H, owner.outputs, type_, rounding)
+    taken_w = torch.cat(quantized.multiplied_out())
+    A = quantized.projection().to(left.C)
+    # rows of C and W are fitted alike, so that C's share needs no square root of G
+    taken_c = taken_w.to(left.C) if left.C is left.W else refit(left.C, A, left.L) @ A
+    error = factors.error
+    if below:
+        total = whole.total()
+        error = factors.error * left.total() / total if total > 0 else 0.0
+    return FittedStage(quantized, error, float(factors.T.abs().max()), taken_w, taken_c)
+
+
+def stages_below(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> list[PlannedOwner]:
+    """Those of the same layers that `owner`'s first level uses already."""
+    if owner.levels is None:
+        return []
+    first = owner.levels[0]
+    return [other for other in owners
+            if other is not owner and (other.levels is None or other.levels[0] < first <= other.levels[1])]
+
+
+def fitted_levels(owner: PlannedOwner, owners: Sequence[PlannedOwner], levels: int) -> range:
+    """The levels at which `owner` is the last of its layers' factors: those that it is fitted to."""
+    first, last = owner.levels or (0, levels - 1)
+    later = [other.levels[0] for other in owners
+             if other.levels is not None and first < other.levels[0] <= last]
+    return range(first, min(later, default=last + 1))
+
+
+def mixed_input(inputs: Mapping[int, CompressedInput], weights: Sequence[float]) -> CompressedInput:
+    """What factors of several levels are fitted to: the least sum of their losses, by weight of level.
+
+    `inputs`: of each level. Sum_k w_k |W M_k y_k - V y_k|^2 is least where V fits W M under H, with
+    H = sum_k w_k H_k and M H = sum_k w_k M_k H_k.
+    """
+    if len(inputs) == 1:
+        return next(iter(inputs.values()))
+    total = sum(weights[level] for level in inputs)
+    H = sum((weights[level] / total * each.H for level, each in inputs.items()), torch.tensor(0.0))
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    crossed = sum((weights[level] / total * (each.M.to(H) - eye) @ each.H for level, each in inputs.items()),
+                  torch.tensor(0.0))
+    ridge = _DAMPING * H.diagonal().mean().clamp(min=1e-30) * eye
+    M = eye + torch.linalg.solve(H + ridge, crossed.T).T
+    return CompressedInput(H, M, max(each.blend for each in inputs.values()))
