@@ -49,8 +49,8 @@ speed-up over bytes; {target} is the target. A turn's seconds contain its switch
 OWN = """\
 The second table sets each level beside a file that has only that ratio: its ratios are the level's over the \
 file's. *per byte*: decode times bytes. Ranks are whole blocks of the type, and so a level that adds to a \
-lower one may not keep what the file of its own does. A file that is loaded again may be up to 3 % faster or \
-slower, by where its memory lies."""
+lower one may not keep what the file of its own does; it multiplies twice by shorter rows, which takes longer \
+than once. A file that is loaded again may be up to 3 % faster or slower, by where its memory lies."""
 SWITCHES = """\
 The third table is what a switch takes. *set*: the call that changes the level. *first*: the token after it, \
 beside the median one at that level. *cost*: the call and what the first token takes longer than its turn's \
@@ -284,8 +284,8 @@ def main(model: str, types: str, ratios: str, tokens: int, prompt: int, rounds: 
     rising = parse_ratios(ratios, "--levels")[::-1]
     command = "tests/bench_levels.py --cpu-time" if cpu_time else "make bench-levels"
     report = Report("Speed of levels", command)
-    report.text(f"{machine()} {threads} thread{'s' * (threads > 1)}, {rounds} rounds, {model} at the levels {ratios}."
-                + " Seconds are the CPU's, not the clock's." * cpu_time)
+    report.text(f"{machine()} {threads} thread{'s' * (threads > 1)}, {rounds} rounds, {model} at the levels "
+                f"{ratios}." + " Seconds are the CPU's, not the clock's." * cpu_time)
     for text in (EXPLANATION.format(tokens=tokens, prompt=prompt, target=TARGET), OWN, SWITCHES):
         report.text(text)
     for name in types.split(","):
