@@ -49,8 +49,8 @@ speed-up over bytes; {target} is the target. A turn's seconds contain its switch
 OWN = """\
 The second table sets each level beside a file that has only that ratio: its ratios are the level's over the \
 file's. *per byte*: decode times bytes. Ranks are whole blocks of the type, and so a level that adds to a \
-lower one may not keep what the file of its own does; it multiplies twice by shorter rows, which takes longer \
-than once. A file that is loaded again may be up to 3 % faster or slower, by where its memory lies."""
+lower one may not keep what the file of its own does; it multiplies twice by shorter rows, which takes \
+longer than once. A file that is loaded again may be up to 3 % faster or slower, by where its memory lies."""
 SWITCHES = """\
 The third table is what a switch takes. *set*: the call that changes the level. *first*: the token after it, \
 beside the median one at that level. *cost*: the call and what the first token takes longer than its turn's \
