@@ -48,7 +48,7 @@ class Candidate:
         """The same for choosing between candidates: a loss counts more, the more of the candidate it takes.
 
         The prediction is of second order and from the sample that the factors were fitted to: large losses
-        come out larger than predicted (docs/quality.md).
+        come out larger than predicted.
         """
         losses = self.losses(ranks, form)
         weighed: np.ndarray = losses * (1 + caution * losses / max(float(self.spectrum.sum()), 1e-300))

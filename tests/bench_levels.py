@@ -49,7 +49,8 @@ speed-up over bytes; {target} is the target. A turn's seconds contain its switch
 OWN = """\
 The second table sets each level beside a file that has only that ratio: its ratios are the level's over the \
 file's. *per byte*: decode times bytes. Ranks are whole blocks of the type, and so a level that adds to a \
-lower one may not keep what the file of its own does."""
+lower one may not keep what the file of its own does; it multiplies twice by shorter rows, which takes \
+longer than once. A file that is loaded again may be up to 3 % faster or slower, by where its memory lies."""
 SWITCHES = """\
 The third table is what a switch takes. *set*: the call that changes the level. *first*: the token after it, \
 beside the median one at that level. *cost*: the call and what the first token takes longer than its turn's \
@@ -246,18 +247,14 @@ def switch_table(subjects: Sequence[Subject], own: Sequence[Subject]) -> Table:
     return table
 
 
-def crowd(share: float) -> str:
+def crowd(share: float, cpu_time: bool) -> str:
     """What to say of a machine of whose CPUs others used `share`."""
+    used = f"Other processes used {share:.1%} of the CPUs meanwhile"
     if share <= BUSY:
-        return f"Other processes used {share:.1%} of the CPUs meanwhile."
-    return (f"**The machine was not idle**: other processes used {share:.1%} of the CPUs meanwhile. Below is "
-            "the same with one thread and the CPU's seconds for the clock's, which others hardly move.")
-
-
-def tell(report: Report, subjects: Sequence[Subject], own: Sequence[Subject], prompt: int) -> None:
-    report.table(speed_table(subjects, prompt))
-    report.table(own_table(subjects, own))
-    report.table(switch_table(subjects, own))
+        return f"{used}."
+    advice = "their share of the CPUs is not in the figures, that of the memory is" if cpu_time else (
+        "measure again, or with --cpu-time")
+    return f"**The machine was not idle.** {used}; {advice}."
 
 
 def planned(model: str, type_name: str, ratios: Sequence[float]) -> Iterator[Plan]:
@@ -276,14 +273,19 @@ def planned(model: str, type_name: str, ratios: Sequence[float]) -> Iterator[Pla
 @click.option("--prompt", default=128, show_default=True, help="Tokens.")
 @click.option("--rounds", default=8, show_default=True)
 @click.option("--threads", type=int, default=default_threads, show_default="one for each core")
+@click.option("--cpu-time", is_flag=True, help="One thread's CPU seconds, for a machine that is not idle.")
 @click.option("--source", help="Pinned source archive or directory, for skipcat-edge synth.")
 @click.option("--keep", is_flag=True, help="Keep the models in build/bench/ for the next run.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as Markdown.")
 def main(model: str, types: str, ratios: str, tokens: int, prompt: int, rounds: int, threads: int,
-         source: str | None, keep: bool, out: Path | None) -> None:
+         cpu_time: bool, source: str | None, keep: bool, out: Path | None) -> None:
+    # several wait for each other, and waiting takes CPU time
+    threads = 1 if cpu_time else threads
     rising = parse_ratios(ratios, "--levels")[::-1]
-    report = Report("Speed of levels", "make bench-levels")
-    report.text(f"{machine()} {threads} threads, {rounds} rounds, {model} at the levels {ratios}.")
+    command = "tests/bench_levels.py --cpu-time" if cpu_time else "make bench-levels"
+    report = Report("Speed of levels", command)
+    report.text(f"{machine()} {threads} thread{'s' * (threads > 1)}, {rounds} rounds, {model} at the levels "
+                f"{ratios}." + " Seconds are the CPU's, not the clock's." * cpu_time)
     for text in (EXPLANATION.format(tokens=tokens, prompt=prompt, target=TARGET), OWN, SWITCHES):
         report.text(text)
     for name in types.split(","):
@@ -291,16 +293,14 @@ def main(model: str, types: str, ratios: str, tokens: int, prompt: int, rounds: 
         file, *own = map(cached, plans)
         with written(plans, source, keep):
             others = Others()
-            found = measure(file, own, rounds, threads, tokens, prompt, f"{model} {name}")
+            subjects, singles = measure(file, own, rounds, threads, tokens, prompt, f"{model} {name}",
+                                        time.process_time if cpu_time else time.perf_counter)
             share = others.share()
-            report.heading(f"{name}, {threads} threads")
-            report.text(crowd(share))
-            tell(report, *found, prompt)
-            if share > BUSY:
-                # one: several wait for each other, and waiting takes the CPU's time too
-                report.heading(f"{name}, 1 thread, CPU seconds")
-                tell(report, *measure(file, own, rounds, 1, tokens, prompt, f"{model} {name}, 1 thread",
-                                      time.process_time), prompt)
+        report.heading(name)
+        report.text(crowd(share, cpu_time))
+        report.table(speed_table(subjects, prompt))
+        report.table(own_table(subjects, singles))
+        report.table(switch_table(subjects, singles))
     if out:
         report.save(out)
 
