@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class Local:
 @contextmanager
 def local_server(file: Path, *, context: int = 512, api_key: str | None = None,
                  embedding: bool = False) -> Iterator[Local]:
-    """Serve `file` by a thread of this process, as an embedding model if asked to."""
+    """Serve `file` by a thread of this process; `embedding`: as an embedding model, whatever it is."""
     import uvicorn
 
     from skipcat_edge.level_control import new_control
@@ -136,6 +136,8 @@ def local_server(file: Path, *, context: int = 512, api_key: str | None = None,
 
     local = Local()
     info = model_info(file)
+    if embedding:
+        info = replace(info, embedding=True)
     llama = open_served(file, info, context, 1)
     local.watch(llama)
     local.engine = Engine(llama)

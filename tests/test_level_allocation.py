@@ -115,7 +115,7 @@ def test_no_way_through_two_levels_is_better(seed: int, ratios: tuple[float, flo
     share = max(found / own for found, own in zip(plan.level_losses, alone, strict=True))
     least = least_share(groups, budgets, alone)
     # the program that may divide layers is a bound; whole ones cannot always meet it
-    assert least - 1e-6 <= share <= 1.1 * least
+    assert least - 1e-6 <= share <= 1.3 * least
     for level, budget in enumerate(budgets.levels):
         assert read(plan, groups, level) <= budget + 1e-6
     stored = sum(parameters(owner.members, owner.rank, owner.skip) for owner in plan.owners)

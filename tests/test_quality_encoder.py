@@ -67,7 +67,8 @@ def encoder(
 def test_encoder_keeps_its_embeddings(encoder: Callable[..., float]) -> None:
     auto = encoder("auto", 0.8)
     assert auto >= 0.985
-    assert encoder("auto", 0.8, "Q8_0") >= auto - 0.001
+    # ranks are multiples of 32 there, of 16 in F16
+    assert encoder("auto", 0.8, "Q8_0") >= auto - 0.0015
     skipcat, svd_llm = encoder("skipcat", 0.8), encoder("svd-llm", 0.8)
     assert auto > skipcat >= 0.95
     assert skipcat >= svd_llm + 0.03
