@@ -147,14 +147,19 @@ def _compared(ours: float, error: float, other: float, other_error: float) -> st
 
 
 @click.command(help=__doc__)
+@click.option("--model", "models", multiple=True, type=click.Choice([name for name, _ in MODELS]),
+              help="May be given several times.  [default: all]")
 @click.option("--quick", is_flag=True, help="One model, few prompts: a smoke test, whose page goes to build.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
               help="Default: docs/progressive.md, or build/progressive.md with --quick.")
-def main(quick: bool, out: Path | None) -> None:
+def main(models: tuple[str, ...], quick: bool, out: Path | None) -> None:
     if not (SHARED / "text").exists():
         raise click.ClickException(f"{SHARED / 'text'} is missing; the shared data is needed.")
     size = Size(calib_tokens=8_000, prompts=20) if quick else Size()
-    report = Report("Progressive decoding", "make bench-progressive")
+    chosen = [each for each in (MODELS[1:] if quick else MODELS) if not models or each[0] in models]
+    command = "".join(f" --model {name}" for name in models)
+    report = Report("Progressive decoding", f"tests/bench_progressive.py{command}" if models
+                    else "make bench-progressive")
     if quick:
         report.text("A smoke test: these figures mean nothing.")
     report.text(machine())
@@ -162,7 +167,7 @@ def main(quick: bool, out: Path | None) -> None:
                 "prompts of other stories.")
     report.text(EXPLANATION)
     (ROOT / "build").mkdir(exist_ok=True)
-    for name, type_ in MODELS[1:] if quick else MODELS:
+    for name, type_ in chosen:
         with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
             started = time.monotonic()
             bench, made = files(name, type_, size, Path(folder))
