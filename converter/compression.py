@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from .stages import FittedStage, fit_stage, fitted_levels, mixed_input, stages_b
 from .statistics import BlockStatistics
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
+
+_Mixed = Callable[[tuple[int, ...]], CompressedInput | None]
+"""What factors of some levels are fitted to; None without compensation."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,22 @@ class Compressor:
         self, group: tuple[Layer, ...], owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
     ) -> None:
         inputs = [flow.input_of(group) for flow in self.compensation]
+
+        @cache  # members of a group are often fitted to the same levels
+        def mixed(levels: tuple[int, ...]) -> CompressedInput | None:
+            if not inputs:
+                return None
+            return mixed_input({level: inputs[level] for level in levels}, self.level_weights)
+
         stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}
         for layer in group:
             own = owners.get(layer.tensor, [])
             if own and own[0].members[0] == layer:
-                self._owners(own, inputs, stored)
+                self._owners(own, mixed, stored)
             if layer.tensor in slots:
                 factored = {level for owner in own for level in self._levels(owner)}
-                levels = [level for level in self._levels(None) if level not in factored]
-                self._dense(layer, slots[layer.tensor], inputs, levels, stored)
+                levels = tuple(level for level in self._levels(None) if level not in factored)
+                self._dense(layer, slots[layer.tensor], mixed, levels, stored)
         W = self.weights.block(group[0].index)
         for level, flow in enumerate(self.compensation):
             for layer in group:
@@ -141,11 +152,8 @@ class Compressor:
         first, last = (owner and owner.levels) or (0, len(self.level_weights) - 1)
         return range(first, last + 1)
 
-    def _mixed(self, inputs: Sequence[CompressedInput], levels: Sequence[int]) -> CompressedInput | None:
-        return mixed_input({level: inputs[level] for level in levels}, self.level_weights) if inputs else None
-
     def _owners(
-        self, owners: Sequence[PlannedOwner], inputs: Sequence[CompressedInput],
+        self, owners: Sequence[PlannedOwner], mixed: _Mixed,
         stored: Mapping[str, list[tuple[range, torch.Tensor]]],
     ) -> None:
         """All factors of the same layers, those of lower levels first."""
@@ -155,7 +163,7 @@ class Compressor:
         for owner in sorted(owners, key=lambda owner: owner.levels or (0, 0)):
             levels = fitted_levels(owner, owners, len(self.level_weights))
             whole = problem(owner.members, W, self.entries(first.index), self.method,
-                            self._mixed(inputs, levels))
+                            mixed(tuple(levels)))
             if whole.damping > DAMPING:
                 self.damped[first.tensor] = whole.damping
             try:
@@ -172,14 +180,14 @@ class Compressor:
                 stored[layer.tensor].append((self._levels(owner), part))
 
     def _dense(
-        self, layer: Layer, slot: Slot, inputs: Sequence[CompressedInput], levels: Sequence[int],
+        self, layer: Layer, slot: Slot, mixed: _Mixed, levels: tuple[int, ...],
         stored: Mapping[str, list[tuple[range, torch.Tensor]]],
     ) -> None:
         if self.statistics is None:
             return
         W = self.weights.block(layer.index)[layer.tensor]
         base_type = self.weights.tensors[layer.tensor].tensor_type
-        compressed = self._mixed(inputs, levels)
+        compressed = mixed(levels)
         if compressed is None and slot.type == base_type:
             return
         H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H

@@ -47,6 +47,9 @@ class _Stage:
     """None: dense."""
     levels: Levels
 
+    def used_at(self, level: int) -> bool:
+        return self.levels[0] <= level <= self.levels[1]
+
 
 @dataclass(frozen=True)
 class _Way:
@@ -196,9 +199,8 @@ class _Table:
 
     def _way(self, stages: Sequence[_Stage]) -> _Way:
         read, losses = np.zeros(self.levels), np.zeros(self.levels)
-        stored = 0.0
         for level in range(self.levels):
-            used = [stage for stage in stages if stage.levels[0] <= level <= stage.levels[1]]
+            used = [stage for stage in stages if stage.used_at(level)]
             form = used[0].skip
             if form is None:
                 losses[level] = self.dense_loss
@@ -323,7 +325,7 @@ def _predicted(ways: Sequence[_Way], level: int) -> float:
     ranks: dict[tuple[Layer, ...], int] = {}
     forms: dict[tuple[Layer, ...], tuple[Candidate, Form]] = {}
     for candidate, stage in (each for way in ways for each in way.stages):
-        if stage.levels[0] <= level <= stage.levels[1]:
+        if stage.used_at(level):
             ranks[candidate.members] = ranks.get(candidate.members, 0) + stage.rank
             forms[candidate.members] = candidate, stage.skip
     return sum(float(candidate.losses(np.array([ranks[members]]), form)[0])

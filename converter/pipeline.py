@@ -304,8 +304,7 @@ def _kept(layers: LayerMap, plan: Plan, level: int) -> float:
     """What the level reads, over the dense parameters."""
     wanted = [layer for group in layers.groups for layer in group]
     total = sum(layer.m * layer.n for layer in wanted)
-    used = [owner for owner in plan.owners
-            if owner.levels is None or owner.levels[0] <= level <= owner.levels[1]]
+    used = [owner for owner in plan.owners if owner.used_at(level)]
     factored = {layer.tensor for owner in used for layer in owner.members}
     read = sum(owner.parameters for owner in used)
     read += sum(layer.m * layer.n for layer in wanted if layer.tensor not in factored)

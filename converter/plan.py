@@ -21,6 +21,10 @@ class PlannedOwner:
     levels: fmt.Levels | None = None
     """The first and the last level that use it; None: all."""
 
+    def used_at(self, level: int) -> bool:
+        """Whether the level at this place uses it."""
+        return self.levels is None or self.levels[0] <= level <= self.levels[1]
+
     @property
     def name(self) -> str:
         return fmt.owner_of(layer.member for layer in self.members)

@@ -66,8 +66,7 @@ def stages_below(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> list[Pl
     if owner.levels is None:
         return []
     first = owner.levels[0]
-    return [other for other in owners
-            if other is not owner and (other.levels is None or other.levels[0] < first <= other.levels[1])]
+    return [other for other in owners if other.used_at(first) and other.used_at(first - 1)]
 
 
 def fitted_levels(owner: PlannedOwner, owners: Sequence[PlannedOwner], levels: int) -> range:

@@ -71,8 +71,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         raise UserError("--ratio, --budget and --bpw each say how large the model may be; give one of them.")
     levels = tuple(levels)
     if levels:
-        _check_levels(levels, ratio if budget is None and bpw is None else -1, level_overhead,
-                      allocation or ("uniform" if method != "auto" else "loss"))
+        _check_levels(levels, ratio if budget is None and bpw is None else -1, level_overhead)
         ratio = levels[-1]
     ratio = 0.8 if ratio is None else ratio
     check_ratio(ratio)
@@ -105,6 +104,9 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         raise UserError(f"There is no method {method}; the known ones are {', '.join(METHODS)}.")
     if allocation is not None and allocation not in ALLOCATIONS:
         raise UserError(f"There is no allocation {allocation}; the known ones are {', '.join(ALLOCATIONS)}.")
+    rule = allocation or METHODS[method].allocation
+    if levels and rule != "loss":
+        raise UserError(f"--levels needs --allocation loss; {rule} has no ranks of several levels.")
     if rounding not in ("feedback", "plain"):
         raise UserError(f"There is no rounding {rounding}; it is feedback or plain.")
     if low_rank and not (stats is not None and stats.exists()):
@@ -136,7 +138,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     return run(options, phase)
 
 
-def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float, allocation: str) -> None:
+def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float) -> None:
     from skipcat_edge.ranks import check_levels
 
     check_levels(levels)
@@ -145,8 +147,6 @@ def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: floa
                         "--budget and --bpw.")
     if not 0 <= overhead <= 10:
         raise UserError("--level-overhead is a share of the last level's parameters, for example 0.1.")
-    if allocation != "loss":
-        raise UserError(f"--levels needs --allocation loss; {allocation} has no ranks of several levels.")
 
 
 def _path(given: str | Path | None) -> Path | None:
