@@ -19,13 +19,14 @@ from .factorize import DAMPING, Method
 from .layers import Layer
 from .plan import PlannedOwner
 from .quantized import Rounding, quantize_matrix
-from .stages import FittedStage, fit_stage, fitted_levels, mixed_input, stages_below
+from .stages import FittedStage, fit_stage, is_added_to, mixed_input, stages_below
 from .statistics import BlockStatistics
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
 
-_Mixed = Callable[[tuple[int, ...]], CompressedInput | None]
-"""What factors of some levels are fitted to; None without compensation."""
+_Mixed = Callable[[range, bool], CompressedInput | None]
+"""What factors of some levels are fitted to, and whether a higher level adds to them; None without
+compensation."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,12 @@ class Compressor:
         inputs = [flow.input_of(group) for flow in self.compensation]
 
         @cache  # members of a group are often fitted to the same levels
-        def mixed(levels: tuple[int, ...]) -> CompressedInput | None:
+        def mixed(levels: range, added_to: bool) -> CompressedInput | None:
             if not inputs:
                 return None
-            return mixed_input({level: inputs[level] for level in levels}, self.level_weights)
+            # what is added answers for the higher level: these lean no more to one than to the other
+            weights = [1.0] * len(inputs) if added_to else self.level_weights
+            return mixed_input({level: inputs[level] for level in levels}, weights)
 
         stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}
         for layer in group:
@@ -139,7 +142,8 @@ class Compressor:
                 self._owners(own, mixed, stored)
             if layer.tensor in slots:
                 factored = {level for owner in own for level in self._levels(owner)}
-                levels = tuple(level for level in self._levels(None) if level not in factored)
+                first = min(level for level in self._levels(None) if level not in factored)
+                levels = range(first, len(self.level_weights))
                 self._dense(layer, slots[layer.tensor], mixed, levels, stored)
         W = self.weights.block(group[0].index)
         for level, flow in enumerate(self.compensation):
@@ -161,9 +165,8 @@ class Compressor:
         W = self.weights.block(first.index)
         fitted: dict[PlannedOwner, FittedStage] = {}
         for owner in sorted(owners, key=lambda owner: owner.levels or (0, 0)):
-            levels = fitted_levels(owner, owners, len(self.level_weights))
             whole = problem(owner.members, W, self.entries(first.index), self.method,
-                            mixed(tuple(levels)))
+                            mixed(self._levels(owner), is_added_to(owner, owners)))
             if whole.damping > DAMPING:
                 self.damped[first.tensor] = whole.damping
             try:
@@ -180,14 +183,14 @@ class Compressor:
                 stored[layer.tensor].append((self._levels(owner), part))
 
     def _dense(
-        self, layer: Layer, slot: Slot, mixed: _Mixed, levels: tuple[int, ...],
+        self, layer: Layer, slot: Slot, mixed: _Mixed, levels: range,
         stored: Mapping[str, list[tuple[range, torch.Tensor]]],
     ) -> None:
         if self.statistics is None:
             return
         W = self.weights.block(layer.index)[layer.tensor]
         base_type = self.weights.tensors[layer.tensor].tensor_type
-        compressed = mixed(levels)
+        compressed = mixed(levels, False)
         if compressed is None and slot.type == base_type:
             return
         H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H
@@ -195,7 +198,7 @@ class Compressor:
         matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding)
         assert matrix.type == slot.type, (slot.name, matrix.type, slot.type)
         self._done[layer.tensor] = [matrix.data]
-        stored[layer.tensor].append((range(levels[0], levels[-1] + 1), matrix.dequantized()))
+        stored[layer.tensor].append((levels, matrix.dequantized()))
 
 
 def _key(item: PlannedOwner | Slot) -> str:

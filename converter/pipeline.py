@@ -31,6 +31,7 @@ from .plan import Plan, plan_uniform
 from .planning import Budget, make_level_plan, make_plan, measure_groups
 from .quantized import Rounding
 from .source_model import SourceModel
+from .stages import level_weights
 from .statistics_file import Statistics
 from .writer import OutputTypes, make_layout, metadata_bytes, write_file
 
@@ -55,7 +56,7 @@ class ConvertOptions:
     levels: tuple[float, ...] = ()
     """Ratios of the file's levels, rising; `ratio` is the last. None for a file without levels."""
     level_overhead: float = 0.1
-    """Parameters that the file may hold beyond those that its last level reads, as a share of these."""
+    """How much larger the file may be than one of its last level alone, as a share."""
     allocation: str | None = None
     """None: the method's own."""
     grid: int | None = None
@@ -183,8 +184,7 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
             result.levels = tuple(
                 LevelResult(ratio, _kept(layers, plan, level), loss) for level, (ratio, loss)
                 in enumerate(zip(options.levels, plan.level_losses, strict=True)))
-            compressor.level_weights = [1 / max(loss, 1e-3 * max(plan.level_losses), 1e-30)
-                                        for loss in plan.level_losses]
+            compressor.level_weights = level_weights(plan.level_losses)
         if statistics is not None and options.method.compensate and options.compensate:
             result.not_compensated = "no --calibration was given"
         if options.compensated and layers.groups:
@@ -276,7 +276,8 @@ def _plan(
                                         options.rounding, lambda: advance(1))
             known[type_, metric, options.rounding] = groups
         if options.levels:
-            plan = make_level_plan(groups, method, options.levels, options.level_overhead, type_, grid)
+            plan = make_level_plan(groups, method, options.levels, options.level_overhead,
+                                   _fixed_bytes(options, reader, layers), type_, grid)
         else:
             plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
@@ -294,10 +295,15 @@ def _budget(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> Bu
         return Budget("bpw", options.bpw)
     if options.budget is None:
         return Budget("ratio", options.ratio)
+    return Budget("file", options.budget, _fixed_bytes(options, reader, layers))
+
+
+def _fixed_bytes(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> int:
+    """Of the file: all but the linear layers that can be factored."""
     factored = {layer.tensor for group in layers.groups for layer in group}
     slots = make_layout(reader, [], options.types).slots()
     fixed = sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
-    return Budget("file", options.budget, fixed + metadata_bytes(reader, layers))
+    return fixed + metadata_bytes(reader, layers)
 
 
 def _kept(layers: LayerMap, plan: Plan, level: int) -> float:

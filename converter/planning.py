@@ -110,18 +110,21 @@ def make_plan(
 
 
 def make_level_plan(
-    groups: Groups, method: Method, levels: Sequence[float], spare: float, type_: GGMLQuantizationType,
-    grid: int | None = None,
+    groups: Groups, method: Method, levels: Sequence[float], spare: float, fixed_bytes: float,
+    type_: GGMLQuantizationType, grid: int | None = None,
 ) -> Plan:
     """The plan of a file whose levels keep these ratios, ascending.
 
-    `spare`: how much more parameters than its last level reads the file may hold, as a share. Raises
-    UnreachableError if the first ratio is below the lowest that there is.
+    `spare`: how much larger than one of its last level alone the file may be, as a share. `fixed_bytes`: of
+    the file, what is no linear layer that can be factored. Raises UnreachableError if the first ratio is
+    below the lowest that there is.
     """
     layers = _layers(groups)
     cost, _ = cost_of(Budget("ratio", levels[0]), layers, type_)
     total = cost_of_all(layers, cost)
-    budgets = LevelBudgets(tuple(ratio * total for ratio in levels), (1 + spare) * levels[-1] * total)
+    fixed = fixed_bytes / cost_of_all(layers, _bytes_cost(type_)) * total
+    last = levels[-1] * total
+    budgets = LevelBudgets(tuple(ratio * total for ratio in levels), last + spare * (fixed + last))
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     try:
         return allocate_levels(groups, budgets, cost, grid, method.skip, CAUTION)

@@ -1,8 +1,8 @@
 """A layer's factors one after another: what each is fitted to where levels use some of them only.
 
-The factors of a lower level are fitted as if there were no other, so that nothing above can harm it. Those
-that a higher level adds are fitted to what the stored ones leave, rounding included (in exact numbers the
-same as cutting one decomposition twice: Eckart-Young), and to the inputs that their own level reads.
+Factors that a higher level adds are fitted to what the stored ones leave, rounding included (in exact numbers
+the same as cutting one decomposition twice: Eckart-Young). All are fitted to the inputs of the levels that
+use them.
 """
 
 from __future__ import annotations
@@ -69,12 +69,11 @@ def stages_below(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> list[Pl
     return [other for other in owners if other.used_at(first) and other.used_at(first - 1)]
 
 
-def fitted_levels(owner: PlannedOwner, owners: Sequence[PlannedOwner], levels: int) -> range:
-    """The levels at which `owner` is the last of its layers' factors: those that it is fitted to."""
-    first, last = owner.levels or (0, levels - 1)
-    later = [other.levels[0] for other in owners
-             if other.levels is not None and first < other.levels[0] <= last]
-    return range(first, min(later, default=last + 1))
+def is_added_to(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> bool:
+    """Whether a higher level has factors of the same layers besides `owner`."""
+    first = owner.levels[0] if owner.levels else 0
+    starts = [other.levels[0] for other in owners if other.levels is not None]
+    return any(first < start and owner.used_at(start) for start in starts)
 
 
 def mixed_input(inputs: Mapping[int, CompressedInput], weights: Sequence[float]) -> CompressedInput:
@@ -93,3 +92,13 @@ def mixed_input(inputs: Mapping[int, CompressedInput], weights: Sequence[float])
     ridge = _DAMPING * H.diagonal().mean().clamp(min=1e-30) * eye
     M = eye + torch.linalg.solve(H + ridge, crossed.T).T
     return CompressedInput(H, M, max(each.blend for each in inputs.values()))
+
+
+def level_weights(losses: Sequence[float]) -> list[float]:
+    """What the loss of each level counts where factors serve several: by the square of what it loses.
+
+    By what it loses alone a level would count as much as any other, and the last one came out worst: it
+    has the least to give away.
+    """
+    least = max(1e-3 * max(losses), 1e-30)
+    return [1 / max(loss, least) ** 2 for loss in losses]

@@ -38,8 +38,8 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         budget: bytes of the whole file instead.
         bpw: bits per dense weight of the linear layers instead.
         levels: rising ratios of a file whose speed can be changed while it runs; the last is that of the
-            whole file. `level_overhead`: parameters that it may hold beyond those that the last level
-            reads, as a share of these.
+            whole file. `level_overhead`: how much larger it may be than one of its last level alone, as
+            a share.
         quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
         method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
         calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
@@ -146,7 +146,7 @@ def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: floa
         raise UserError("--levels says how large the model becomes by its last ratio; leave out --ratio, "
                         "--budget and --bpw.")
     if not 0 <= overhead <= 10:
-        raise UserError("--level-overhead is a share of the last level's parameters, for example 0.1.")
+        raise UserError("--level-overhead is a share of the file, for example 0.1.")
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -17,7 +17,14 @@ from skipcat_converter.factorize import whiten  # noqa: E402
 from skipcat_converter.layers import Layer  # noqa: E402
 from skipcat_converter.plan import PlannedOwner  # noqa: E402
 from skipcat_converter.quantized import Rounding  # noqa: E402
-from skipcat_converter.stages import FittedStage, fit_stage, fitted_levels, mixed_input, stages_below  # noqa: E402
+from skipcat_converter.stages import (  # noqa: E402
+    FittedStage,
+    fit_stage,
+    is_added_to,
+    level_weights,
+    mixed_input,
+    stages_below,
+)
 from test_factorize import best_error, damped, error  # noqa: E402
 from test_factorize import problem as random_problem  # noqa: E402
 
@@ -78,12 +85,12 @@ def test_a_later_stage_takes_what_rounding_left() -> None:
 def test_what_a_level_uses_already() -> None:
     grown = stages(True, 8, 8, 8)
     assert [stages_below(owner, grown) for owner in grown] == [[], grown[:1], grown[:2]]
-    assert [list(fitted_levels(owner, grown, 3)) for owner in grown] == [[0], [1], [2]]
+    assert [is_added_to(owner, grown) for owner in grown] == [True, True, False]
     replaced = [PlannedOwner(LAYERS, 8, True, (0, 0)), PlannedOwner(LAYERS, 16, True, (1, 2))]
     assert [stages_below(owner, replaced) for owner in replaced] == [[], []]
-    assert [list(fitted_levels(owner, replaced, 3)) for owner in replaced] == [[0], [1, 2]]
+    assert not any(is_added_to(owner, replaced) for owner in replaced)
     alone = [PlannedOwner(LAYERS, 8, True)]
-    assert list(fitted_levels(alone[0], alone, 3)) == [0, 1, 2]
+    assert not is_added_to(alone[0], alone)
 
 
 @settings(deadline=None, max_examples=15)
@@ -111,3 +118,10 @@ def test_mixed_inputs_weigh_the_levels(seed: int, weight: float) -> None:
 def test_one_level_is_itself() -> None:
     own = CompressedInput(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 0.5)
     assert mixed_input({2: own}, [1.0, 1.0, 1.0]) is own
+
+
+def test_levels_count_by_what_they_lose() -> None:
+    assert level_weights([0.4, 0.1]) == pytest.approx([6.25, 100.0])
+    # a level that loses nothing has not all the weight, nor one of a model that loses nothing
+    assert level_weights([0.5, 0.0]) == pytest.approx([4.0, 4e6])
+    assert level_weights([0.0, 0.0]) == [level_weights([0.0])[0]] * 2

@@ -29,7 +29,7 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
               help="Rising ratios of one file whose speed is changed while it runs, for example 0.6,0.8; the "
                    "last is the whole file's.")
 @click.option("--level-overhead", default=0.1, show_default=True, metavar="SHARE",
-              help="With --levels: parameters that the file may hold beyond those that its last level reads.")
+              help="With --levels: how much larger the file may be than one of its last level alone.")
 @click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
 @click.option("--head-quant",
               help="ggml type of token embeddings and output head.  [default: as in the base file]")
