@@ -122,12 +122,22 @@ def make_level_plan(
     layers = _layers(groups)
     cost, _ = cost_of(Budget("ratio", levels[0]), layers, type_)
     total = cost_of_all(layers, cost)
-    fixed = fixed_bytes / cost_of_all(layers, _bytes_cost(type_)) * total
-    last = levels[-1] * total
-    budgets = LevelBudgets(tuple(ratio * total for ratio in levels), last + spare * (fixed + last))
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
+    reads = tuple(ratio * total for ratio in levels)
+    per_byte = total / cost_of_all(layers, _bytes_cost(type_))
     try:
-        return allocate_levels(groups, budgets, cost, grid, method.skip, CAUTION)
+        alone = allocate(groups, reads[-1], cost, grid, method.skip, CAUTION)
+        limit = (1 + spare) * (fixed_bytes + _stored_bytes(alone, groups, type_))
+        # the names and the padding of about twice as many tensors
+        stored = (limit - fixed_bytes - 2 * _TENSOR_INFO * 3 * len(alone.owners)) * per_byte
+        for _ in range(_TRIES):
+            plan = allocate_levels(groups, LevelBudgets(reads, max(stored, reads[-1])), cost, grid,
+                                   method.skip, CAUTION)
+            excess = fixed_bytes + _stored_bytes(plan, groups, type_) - limit
+            if excess <= 0 or stored <= reads[-1]:
+                break
+            stored -= 1.1 * excess * per_byte
+        return plan
     except BudgetError as error:
         raise _unreachable(Budget("ratio", levels[0]), error, layers, grid) from None
 
@@ -221,6 +231,12 @@ def _least(budget: Budget, least: float, layers: Sequence[Layer]) -> str:
 
 _BISECTIONS = 60
 
+# A file with levels is planned again where it came out larger than it may be.
+_TRIES = 3
+
+# About what a tensor's name, shape, type and offset take.
+_TENSOR_INFO = 80
+
 # GGUF's default; a file's tensors begin at its multiples.
 _ALIGNMENT = 32
 
@@ -234,6 +250,14 @@ def dense_plan(groups: Groups) -> Plan:
     candidates = [candidate for group in groups for candidate in group[-1]]
     loss = sum(float(candidate.losses(np.zeros(1, int), None)[0]) for candidate in candidates)
     return Plan([], {layer.tensor: "" for layer in _layers(groups)}, loss)
+
+
+def _stored_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> float:
+    """What the layers of `groups` take in a file, dense ones of higher levels and tensors' names too."""
+    again = [layer for layer in _layers(groups) if layer.tensor in plan.dense_from]
+    tensors = sum(len(factor_slots(owner, type_)) for owner in plan.owners) + len(again) + len(plan.dense)
+    return (plan_bytes(plan, groups, type_) + cost_of_all(again, _bytes_cost(type_))
+            + _TENSOR_INFO * tensors)
 
 
 def plan_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> int:

@@ -18,6 +18,7 @@ from skipcat_edge.levels import set_level
 from skipcat_edge.session import open_model
 
 torch = pytest.importorskip("torch", reason="the converter needs torch")
+from skipcat_converter.quantized import Rounding  # noqa: E402
 
 pytestmark = pytest.mark.runtime
 
@@ -64,6 +65,17 @@ def weights_at(path: Path, level: int) -> dict[str, np.ndarray]:
             W = matrix(fmt.lr_b_name(owner.layer, member.name, used)) @ A
             found[name] = found.get(name, 0) + W
     return found
+
+
+def test_the_file_is_no_larger_than_said(
+    leveled: tuple[Path, Any], demo_dense_gguf: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A tenth more than the file of the last level alone, and the tenth is made use of."""
+    alone = tmp_path / "alone.gguf"
+    quant = request.node.callspec.params["leveled"]
+    convert_model(DEMO / "model", alone, base=demo_dense_gguf, quant=quant, method="auto", ratio=LEVELS[-1],
+                  calibration=TEXT, calib_tokens=4000, compensate=False, rounding=Rounding(feedback=False))
+    assert 1.05 < leveled[0].stat().st_size / alone.stat().st_size <= 1.1
 
 
 def test_every_level_keeps_its_ratio(leveled: tuple[Path, Any]) -> None:
