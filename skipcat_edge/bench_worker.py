@@ -21,6 +21,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +30,7 @@ from skipcat_edge.decoding import time_batches
 from skipcat_edge.errors import UserError
 from skipcat_edge.levels import parse_schedule, set_level
 from skipcat_edge.llama_log import keep_log
+from skipcat_edge.rpc import connect
 from skipcat_edge.session import BATCH, import_llama_cpp, model_info, open_embedding, open_model
 
 
@@ -41,6 +43,8 @@ class Job:
     gen_tokens: int
     threads: int
     """Of the loading, and the most that a measurement asks for."""
+    servers: Sequence[str] = ()
+    """RPC servers that compute, as HOST:PORT."""
 
 
 class Measurer:
@@ -56,10 +60,12 @@ class Measurer:
                 f"{job.file}: its context holds {info.context_length} tokens, but {context} are asked for; "
                 "use fewer --prompt-tokens or --gen-tokens."
             )
+        connect(job.servers)
         started = time.perf_counter()
         self._llama: Any = (
-            open_embedding(Path(job.file), context, job.threads) if info.embedding
-            else open_model(Path(job.file), context=context, batch=max(BATCH, context), threads=job.threads)
+            open_embedding(Path(job.file), context, job.threads, needs_vocabulary=False) if info.embedding
+            else open_model(Path(job.file), context=context, batch=max(BATCH, context), threads=job.threads,
+                            needs_vocabulary=False)
         )
         self.load_s = time.perf_counter() - started
         self.buffers = dict(keep_log().buffers)

@@ -100,7 +100,7 @@ def steadiness(*speeds: Sequence[float]) -> float:
 def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128, gen_tokens: int = 64,
           threads: Sequence[int] = (), repetitions: int = 5, bandwidth: Callable[[int], float] | None = None,
           rank_level: float | Literal["all"] | None = None, progressive: Schedule | None = None,
-          advance: Callable[[str], None] = lambda _: None) -> list[Result]:
+          servers: Sequence[str] = (), advance: Callable[[str], None] = lambda _: None) -> list[Result]:
     """Measure `files` with each number of `threads` (none: one for each physical core), one process each, one
     repetition of each in turn, after a warm-up of each; at `rank_level`, at each of their levels in turn for
     "all", or decoding as `progressive` says.
@@ -108,7 +108,8 @@ def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128,
     Turns spread the machine's moods evenly, so that files can be compared. `advance` hears the file before
     each of the `steps` steps. Prompt: `prompt_tokens` random tokens in one batch; decode: `gen_tokens` tokens
     one by one; both from an empty cache. `bandwidth`: tells the bytes per second that a number of threads
-    read from memory, and is asked before the files are loaded.
+    read from memory, and is asked before the files are loaded. `servers`: RPC servers that compute, as
+    HOST:PORT; they serve one process, and so one file.
 
     Returns a result for each file, number of threads and level, in this order. Raises UserError if there is
     no file, one cannot be loaded or has no such level, a process fails, or a number is out of range.
@@ -116,6 +117,8 @@ def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128,
     names = [str(files)] if isinstance(files, str | Path) else [str(file) for file in files]
     if not names:
         raise UserError("There is no file to measure; give one or more.")
+    if servers and len(names) > 1:
+        raise UserError("An RPC server serves one client at a time; measure one file after another.")
     threads = threads or [default_threads()]
     require_at_least(1, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repetitions=repetitions,
                      threads=min(threads))
@@ -127,7 +130,7 @@ def bench(files: str | Path | Sequence[str | Path], *, prompt_tokens: int = 128,
     with ExitStack() as stack:
         subjects: list[_Subject] = []
         for name in names:
-            process = BenchProcess(Job(name, prompt_tokens, gen_tokens, max(threads)))
+            process = BenchProcess(Job(name, prompt_tokens, gen_tokens, max(threads), servers))
             stack.callback(process.stop)
             subjects.append(_Subject(name, process))
         before = look()

@@ -17,6 +17,7 @@ from pathlib import Path
 from skipcat_edge import __version__
 from skipcat_edge import format as fmt
 from skipcat_edge.card_source import UNKNOWN, Source
+from skipcat_edge.control_characters import visible
 from skipcat_edge.errors import UserError
 from skipcat_edge.inspection import Inspection, inspect
 from skipcat_edge.session import ModelInfo, model_info
@@ -126,7 +127,21 @@ def _metadata(found: Inspection, info: ModelInfo, source: Source) -> str:
 def _linked(source: Source) -> str:
     if source.name is None:
         return "an unknown model"
-    return f"[{source.name}](https://huggingface.co/{source.name})" if source.on_hub else f"`{source.name}`"
+    return f"[{source.name}](https://huggingface.co/{source.name})" if source.on_hub else _code(source.name)
+
+
+def _code(text: object) -> str:
+    """`text`, which may come from a file of anybody's, as code in a line of Markdown."""
+    return f"`{_line(text).replace('`', chr(39))}`"
+
+
+def _plain(text: object) -> str:
+    """The same as words: neither markup nor a link."""
+    return re.sub(r"([\\`<>\[\]|])", r"\\\1", _line(text))
+
+
+def _line(text: object) -> str:
+    return visible(" ".join(str(text).split()))
 
 
 def _summary(found: Inspection, source: Source) -> str:
@@ -139,10 +154,10 @@ def _summary(found: Inspection, source: Source) -> str:
 
 def _made(found: Inspection, source: Source, conversion: Conversion | None) -> str:
     keys = found.keys
-    rows: list[tuple[str, str]] = [("source", _linked(source)), ("architecture", f"`{found.architecture}`")]
+    rows: list[tuple[str, str]] = [("source", _linked(source)), ("architecture", _code(found.architecture))]
     method = keys.get(fmt.KEY_METHOD) or (conversion.method if conversion else None)
     if found.owners:
-        rows.append(("method", f"`{method}`" if method else UNKNOWN))
+        rows.append(("method", _code(method) if method else UNKNOWN))
         asked = f" (asked for {keys[fmt.KEY_RATIO]:g})" if fmt.KEY_RATIO in keys else ""
         rows.append(("parameters kept", f"{found.kept:.4f} of the linear layers'{asked}"))
         if found.levels:
@@ -177,7 +192,7 @@ def _calibration(found: Inspection, conversion: Conversion | None) -> str:
     sha256 = found.keys.get(fmt.KEY_CALIBRATION_SHA256)
     if tokens is None:  # a dense file that was calibrated says so; others' makers are unknown
         return UNKNOWN if conversion is None else "none"
-    text = f"a text with SHA-256 `{sha256}`" if sha256 else "an unknown text"
+    text = f"a text with SHA-256 {_code(sha256)}" if sha256 else "an unknown text"
     return f"{tokens:,} tokens of {text}" if tokens else "none"
 
 
@@ -188,7 +203,7 @@ def _how_to_run(name: str, found: Inspection, info: ModelInfo) -> str:
         f"skipcat-edge chat {name}\nskipcat-edge generate {name} -p \"Once upon a time\"")
     if found.owners:
         return (f"It needs skipcat-edge's patched llama-cpp-python: stock llama.cpp does not know the "
-                f"architecture `{found.architecture}` and refuses the file.\n\n"
+                f"architecture {_code(found.architecture)} and refuses the file.\n\n"
                 f"```console\nskipcat-edge runtime build --install\n{ours}\n```"
                 + _how_to_turn(name, found, info))
     stock = f"llama-embedding -m {name} -p Hello" if info.embedding else f"llama-cli -m {name}"
@@ -209,8 +224,10 @@ def _licence(source: Source) -> str:
     if source.licence == UNKNOWN:
         return ("The licence of the source is unknown: neither its card nor a file beside it names one. Find "
                 "it out before this file is shared.")
-    name = source.licence_name or source.licence
-    linked = f"[{name}]({source.licence_link})" if source.licence_link else name
+    name = _plain(source.licence_name or source.licence)
+    # a browser runs what follows `javascript:`
+    web = re.fullmatch(r"https?://[^\s()<>]+", source.licence_link or "")
+    linked = f"[{name}]({source.licence_link})" if web else name
     where = f", says its {source.licence_from}" if source.licence_from else ""
     return f"The source's: {linked}{where}."
 

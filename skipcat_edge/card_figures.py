@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from skipcat_edge.card import Figure, add_figures, card_path, new_card, read_card
 from skipcat_edge.card_source import require_hub, source_of_gguf
+from skipcat_edge.digest import sha256
 from skipcat_edge.divergence import Divergence
 from skipcat_edge.embedding_eval import EmbeddingSimilarity
 from skipcat_edge.evaluation import Evaluation
@@ -87,9 +87,9 @@ def task_figures(results: Sequence[TaskResult], reference: Path | None, context:
 
 
 def _named(text: Path, file: Path) -> str:
-    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
-    seen = inspect(file).keys.get(KEY_CALIBRATION_SHA256) == sha256
-    return f"`{text.name}`{', the calibration text' if seen else ''} (SHA-256 `{sha256}`)"
+    digest = sha256(text)
+    seen = inspect(file).keys.get(KEY_CALIBRATION_SHA256) == digest
+    return f"`{text.name}`{', the calibration text' if seen else ''} (SHA-256 `{digest}`)"
 
 
 def _figure(name: str, value: str, on: str) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"
 """The hub's own word for a licence that nobody knows."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING")
 # What only these licences' own texts say, in the order in which it is looked for.
 _LICENCE_TEXTS = (
@@ -86,7 +88,7 @@ def source_of_gguf(path: Path) -> Source:
     made_from, name = text(KEY_SOURCE_NAME), text("general.name")
     licence = text("general.license")
     return Source(
-        name=made_from or name, on_hub=made_from is not None and made_from.count("/") == 1,
+        name=made_from or name, on_hub=made_from is not None and _HUB_ID.fullmatch(made_from) is not None,
         licence=_identifier(licence) if licence else UNKNOWN, licence_name=text("general.license.name"),
         licence_link=text("general.license.link"), licence_from=path.name if licence else None,
         language=tuple(map(str, languages)) if isinstance(languages, list) and languages else None,

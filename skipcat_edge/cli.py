@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "Continue a text.",
     "chat": "Chat with a model.",
     "serve": "Serve a model to OpenAI clients and browsers.",
+    "rpc-server": "Compute layers of a model that another machine runs.",
     "bench": "Measure prompt and decode speed, load time and memory.",
     "eval": "Measure perplexity, and how close a model is to its dense reference.",
     "push": "Upload GGUF files with their model cards to the Hugging Face hub.",
@@ -36,7 +37,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(f"skipcat_edge.commands.{cmd_name}").command
+        command = import_module(f"skipcat_edge.commands.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

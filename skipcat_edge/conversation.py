@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from skipcat_edge.chat_template import ChatTemplate, TemplateError
 from skipcat_edge.errors import UserError
 from skipcat_edge.generation import Sampling, Statistics, encode, generate
 from skipcat_edge.session import import_llama_cpp
@@ -52,13 +53,13 @@ class Conversation:
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._control = control
-        self._formatter = template_formatter(llama)
+        self._template = template_of(llama)
         self.turns: list[Turn] = []
 
     @property
     def has_template(self) -> bool:
         """Whether the file has a chat template."""
-        return self._formatter is not None
+        return self._template is not None
 
     def reply(self, user: str, emit: Callable[[str], None]) -> Reply:
         """Answer `user`; `emit` gets the text as it comes. Oldest turns are dropped when it is full.
@@ -97,7 +98,7 @@ class Conversation:
         )
 
     def _format(self, turns: list[Turn]) -> str:
-        if self._formatter is None:
+        if self._template is None:
             said = [self.system] if self.system else []
             return "\n".join([*said, *(turn.user + turn.reply for turn in turns)])
         messages: list[dict[str, str]] = []
@@ -107,13 +108,13 @@ class Conversation:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": turn.reply})
         try:
-            return str(self._formatter(messages=messages[:-1]).prompt)
-        except Exception as error:  # a template is a program of its own
+            return self._template.render(messages[:-1])
+        except TemplateError as error:
             raise UserError(f"The file's chat template refuses this conversation: {error}.") from None
 
 
-def template_formatter(llama: Any) -> Any:
-    """The file's chat template as a llama_cpp formatter; None where it has none."""
+def template_of(llama: Any) -> ChatTemplate | None:
+    """The file's chat template; None where it has none. Raises UserError where it is broken."""
     template = llama.metadata.get(_KEY_TEMPLATE)
     if template is None:
         return None
@@ -123,7 +124,9 @@ def template_formatter(llama: Any) -> Any:
     def text(token: int) -> str:
         return "" if token < 0 else str(llama_cpp.llama_vocab_get_text(vocab, token).decode())
 
-    return llama_cpp.llama_chat_format.Jinja2ChatFormatter(
-        template=template, eos_token=text(llama_cpp.llama_vocab_eos(vocab)),
-        bos_token=text(llama_cpp.llama_vocab_bos(vocab)),
-    )
+    try:
+        return ChatTemplate(template, bos=text(llama_cpp.llama_vocab_bos(vocab)),
+                            eos=text(llama_cpp.llama_vocab_eos(vocab)))
+    except TemplateError as error:
+        raise UserError(f"{llama.model_path}: its chat template is broken ({error}); convert it again."
+                        ) from None

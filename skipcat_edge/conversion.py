@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from skipcat_edge.errors import UserError, require_at_least
 from skipcat_edge.extra import Phase
 
 if TYPE_CHECKING:
-    from skipcat_converter.pipeline import ConvertResult
+    from skipcat_converter.options import ConvertResult
 
 @contextmanager
 def _silent(_title: str, _total: float) -> Iterator[Callable[[float], None]]:
@@ -26,11 +26,16 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
             calibration: str | Path | None = None, stats: str | Path | None = None,
             compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None,
             seq_len: int | None = None, device: str = "cpu", seed: int | None = None,
-            base: str | Path | None = None, runtime_source: str | Path | None = None, force: bool = False,
-            phase: Phase = _silent,
+            base: str | Path | None = None, runtime_source: str | Path | None = None,
+            device_map: Literal["auto"] | None = None, executor: Literal["local", "ray"] = "local",
+            allow_pickle: bool = False, force: bool = False, restart: bool = False,
+            max_memory: int | None = None, phase: Phase = _silent,
             warn: Callable[[str], None] = lambda text: None) -> ConvertResult:
     """Compress `source`, a Hugging Face directory or hub id, into the GGUF file `output`, with a model card
     beside it.
+
+    What is finished is kept in a hidden folder beside `output`, `.NAME.job`, until all of it is: where the
+    process was killed, or the disk was full, the same call goes on from there.
 
     Args:
         ratio: kept share of the linear layers' parameters, in (0, 1]; 0.8 unless one of the next two is
@@ -47,9 +52,16 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         compensate, gradients: as --no-compensation and --no-grad, the other way round.
         base: dense GGUF of the same model, instead of converting it here.
         runtime_source: pinned llama-cpp-python archive (None: fetch it).
+        device_map: `auto` spreads the model over all GPUs while it is run on the text; the rest of the work
+            is done on `device`.
+        executor: `ray` measures layers on the Ray cluster that RAY_ADDRESS names (unset: a new one, of this
+            machine alone), and factors them there too without `compensate`; the file is the same.
         calib_tokens: tokens of the text that are read (None: up to 65,536); `seq_len` of one window.
         device: `cpu` or `cuda`, of the calibration. `seed`: of the loss whose gradients are taken.
-        force: replace what is there.
+        force: replace what is there. `restart`: begin anew where an unfinished conversion is there.
+        allow_pickle: read weights that are pickles only, whose author must be trusted.
+        max_memory: bytes that all processes together may have in memory (None: no limit); the model is
+            streamed block by block then, and `warn` hears what falls back.
         phase: hears the stages' progress; `warn` a sentence for the user.
 
     Returns:
@@ -57,8 +69,12 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         named in factorize.METHODS.
 
     Raises:
-        UserError: for bad input; the extra `convert` or the runtime is missing. Then nothing is written.
+        UserError: for bad input; the extra `convert` or the runtime is missing. Then nothing is
+            written; what took long is kept in the hidden folder, and the message says so, unless what was
+            asked for can never be. DiskError, one of them, where a file could not be written.
     """
+    from skipcat_converter.job import remove_rest, was_placing
+
     from skipcat_edge.card import card_path
     from skipcat_edge.extra import require_converter
     from skipcat_edge.output import check_output
@@ -77,23 +93,30 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     check_ratio(ratio)
     if bpw is not None and not 0 < bpw < math.inf:
         raise UserError("--bpw must be a finite number above 0, for example 3.6.")
-    require_at_least(1, budget=budget, calib_tokens=calib_tokens)
+    require_at_least(1, budget=budget, calib_tokens=calib_tokens, max_memory=max_memory)
     require_at_least(2, seq_len=seq_len)
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"The seed is {seed}, but it must be from 0 to {2**32 - 1}.")
     if device not in ("cpu", "cuda"):
         raise UserError(f"There is no device {device} to calibrate on; it is cpu or cuda.")
+    if device_map not in (None, "auto"):
+        raise UserError(f"There is no device map {device_map}; it is auto.")
+    if executor not in ("local", "ray"):
+        raise UserError(f"There is no executor {executor}; it is local or ray.")
     if stats is not None and stats.absolute() == output.absolute():
         raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
     low_rank = ratio < 1 or budget is not None or bpw is not None
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
-    check_output(output, force)
-    check_output(card_path(output), force)
+    remove_rest(output)
+    own = force or was_placing(output)
+    check_output(output, own)
+    check_output(card_path(output), own)
     require_converter()
     from skipcat_converter.calibration import require_calibration
     from skipcat_converter.factorize import METHODS
-    from skipcat_converter.pipeline import ConvertOptions
+    from skipcat_converter.options import ConvertOptions
+    from skipcat_converter.pickled import has_pickled_weights
     from skipcat_converter.pipeline import convert as run
     from skipcat_converter.planning import ALLOCATIONS
     from skipcat_converter.quantized import Rounding
@@ -122,8 +145,10 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     from skipcat_edge.gguf_file import open_gguf
     from skipcat_edge.runtime.source import stock_tree
 
-    directory = resolve_source(str(source))
-    if base is not None:
+    directory = resolve_source(str(source), allow_pickle)
+    if base is None:
+        has_pickled_weights(directory, allow_pickle)  # before all of it is read
+    else:
         open_gguf(base)
     options = ConvertOptions(
         source=directory, output=output, method=METHODS[method], ratio=ratio, budget=budget, bpw=bpw,
@@ -133,9 +158,10 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else str(source), calibration=calibration,
         calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,
-        card=card_path(output), force=force,
+        card=card_path(output), force=force, restart="yes" if restart else "no", allow_pickle=allow_pickle,
+        executor=executor, device_map=device_map, max_memory=max_memory,
     )
-    return run(options, phase)
+    return run(options, phase, say=warn)
 
 
 def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float) -> None:

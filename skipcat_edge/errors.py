@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from skipcat_edge.control_characters import visible
+
 
 class UserError(click.ClickException):
     """Bad input: what is wrong, where, and what to do, in one sentence, which is `str` of it.
@@ -14,9 +16,21 @@ class UserError(click.ClickException):
 
     exit_code = 2
 
+    def format_message(self) -> str:
+        """What the command line prints: names in it may come from a file of anybody's."""
+        return visible(self.message)
+
 
 class NotFiniteError(UserError):
     """A model whose numbers overflow: none of its figures means anything."""
+
+
+class RetryError(UserError):
+    """What may succeed another time: an unfinished job is kept."""
+
+
+class DiskError(RetryError):
+    """A file that could not be written."""
 
 
 class UnreachableError(UserError):

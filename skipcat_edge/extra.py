@@ -22,8 +22,8 @@ def require_packages(what_needs: str, extra: str, *packages: str) -> None:
 
 def require_converter() -> None:
     """Raise UserError, before any work, if a package of the extra or ggml's library is missing."""
-    require_packages("Converting needs", "convert", "torch", "transformers", "safetensors", "scipy",
-                     "sentencepiece", "huggingface_hub", "threadpoolctl")
+    require_packages("Converting needs", "convert", "accelerate", "torch", "transformers", "safetensors",
+                     "scipy", "sentencepiece", "huggingface_hub", "threadpoolctl")
     from skipcat_edge.runtime.library import load_library
 
     load_library("ggml-base")

@@ -36,12 +36,15 @@ def open_gguf(path: Path) -> GGUFReader:
 
     Raises UserError if the file is missing, not GGUF, cut short or damaged.
     """
+    import numpy as np
+
     require_gguf(path)
     try:
-        reader = _reader_class()(path)
+        with np.errstate(over="raise"):  # offsets and shapes that no file has
+            reader = _reader_class()(path)
         for field in reader.fields.values():
             field.contents()  # strings that are not UTF-8 fail here rather than later
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
+    except (ValueError, IndexError, KeyError, ArithmeticError, MemoryError, struct.error) as error:
         raise UserError(
             f"{path} is cut short or damaged ({first_line(error)}); copy or convert it again."
         ) from None

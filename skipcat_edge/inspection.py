@@ -15,10 +15,11 @@ from skipcat_edge.traffic import read_per_token
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_PROVENANCE = (
-    fmt.KEY_FORMAT_VERSION, fmt.KEY_RUNTIME_MIN, fmt.KEY_RATIO, fmt.KEY_METHOD, fmt.KEY_SOURCE_NAME,
-    fmt.KEY_CALIBRATION_SHA256, fmt.KEY_CALIBRATION_TOKENS, fmt.KEY_SEED,
-)
+_PROVENANCE: dict[str, type] = {
+    fmt.KEY_FORMAT_VERSION: int, fmt.KEY_RUNTIME_MIN: str, fmt.KEY_RATIO: float, fmt.KEY_METHOD: str,
+    fmt.KEY_SOURCE_NAME: str, fmt.KEY_CALIBRATION_SHA256: str, fmt.KEY_CALIBRATION_TOKENS: int,
+    fmt.KEY_SEED: int,
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def inspect(path: str | Path) -> Inspection:
         file=str(path),
         file_bytes=path.stat().st_size,
         architecture=str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE) or "unknown"),
-        keys=_keys(reader),
+        keys=_keys(reader, path),
         owners=owners,
         dense_layers=dense,
         totals=totals,
@@ -173,8 +174,11 @@ def _levels(reader: GGUFReader, ratios: Sequence[float], owners: Sequence[fmt.Ow
     )
 
 
-def _keys(reader: GGUFReader) -> dict[str, Any]:
+def _keys(reader: GGUFReader, path: Path) -> dict[str, Any]:
     found = {key: fmt.field_value(reader, key) for key in _PROVENANCE}
+    for key, value in found.items():
+        if value is not None and type(value) is not _PROVENANCE[key]:
+            raise FormatError(f"{path}: {key} is no {_PROVENANCE[key].__name__}; convert the model again.")
     # GGUF's floats have 32 bits: 0.8 would read 0.800000011920929.
     return {key: float(f"{value:.7g}") if isinstance(value, float) else value
             for key, value in found.items() if value is not None}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import DiskError, UserError
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -39,16 +39,15 @@ def atomic_outputs(outs: Sequence[Path], force: bool) -> Iterator[list[Path]]:
     try:
         yield partials
         for partial in partials:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-        _place(partials, outs)
+            sync_file(partial)
+        place(partials, outs)
     except OSError as error:
         # NumPy's tofile reports a full disk with neither a number nor a file name
         where = partials[0] if error.filename is None else Path(os.fsdecode(error.filename))
         out = next((out for out, partial in zip(outs, partials, strict=True) if partial == where), outs[0])
         if out.absolute().parent not in where.absolute().parents:
             raise
-        raise UserError(
+        raise DiskError(
             f"{out} could not be written ({error.strerror or error}); "
             "choose a folder that is writable and has room."
         ) from None
@@ -57,7 +56,23 @@ def atomic_outputs(outs: Sequence[Path], force: bool) -> Iterator[list[Path]]:
             partial.unlink(missing_ok=True)
 
 
-def _place(partials: Sequence[Path], outs: Sequence[Path]) -> None:
+def sync_file(path: Path) -> None:
+    """Return once what the file holds is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def place(partials: Sequence[Path], outs: Sequence[Path]) -> None:
+    """Rename finished files beside `outs` to them; where one cannot be, those that are new go again."""
     new: list[Path] = []
     try:
         for partial, out in zip(partials, outs, strict=True):
@@ -69,3 +84,5 @@ def _place(partials: Sequence[Path], outs: Sequence[Path]) -> None:
         for out in new:
             out.unlink()
         raise
+    for folder in {out.absolute().parent for out in outs}:
+        sync_folder(folder)

@@ -142,7 +142,8 @@ class _Subject:
     def __init__(self, model: PlannedModel, path: Path, threads: int, prompt_tokens: int) -> None:
         self.model = model
         context = max(prompt_tokens, _DEPTH) + _GENERATED + _WARM_UP
-        self.llama: Any = open_model(path, context=context, batch=max(BATCH, prompt_tokens), threads=threads)
+        self.llama: Any = open_model(path, context=context, batch=max(BATCH, prompt_tokens), threads=threads,
+                                     needs_vocabulary=False)
         self._draw = random.Random(0)
         self._prompt = self._tokens(prompt_tokens)
         self._decoded = [[token] for token in self._tokens(_GENERATED)]

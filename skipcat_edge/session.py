@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from skipcat_edge.abort import ctrl_c_at_the_end
@@ -13,6 +16,7 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.format import ARCHITECTURE_PREFIX, KEY_ARCHITECTURE, field_value
 from skipcat_edge.gguf_file import open_gguf, require_gguf
 from skipcat_edge.llama_log import keep_log
+from skipcat_edge.rpc import close_at_exit, connected, lost_server
 from skipcat_edge.runtime.check import BUILD_COMMAND
 
 BATCH = 512
@@ -79,8 +83,8 @@ def import_llama_cpp() -> Any:
 
 def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BATCH,
                threads: int | None = None, embedding: bool = False, pooled: bool = True,
-               vocabulary_only: bool = False) -> Any:
-    """Load `path` as a llama_cpp.Llama.
+               vocabulary_only: bool = False, needs_vocabulary: bool = True) -> Any:
+    """Load `path` as a llama_cpp.Llama, its layers on the servers that `rpc.connect` has connected, if any.
 
     Args:
         context: tokens that fit in it; rounded up to llama.cpp's step of 256.
@@ -88,6 +92,7 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
         embedding: return pooled embeddings, all tokens of a batch computed at once.
         pooled: the file names its pooling; otherwise the mean is used.
         vocabulary_only: no weights; good for tokenising and nothing else.
+        needs_vocabulary: there will be text; a file without a vocabulary ends the process there.
 
     Raises:
         UserError: the file is missing, not GGUF, or refused by llama.cpp (with its reason and
@@ -99,22 +104,42 @@ def open_model(path: Path, *, context: int, batch: int = BATCH, ubatch: int = BA
     log.clear()
     threads = threads or default_threads()
     try:
-        with ctrl_c_at_the_end():
+        with ctrl_c_at_the_end(), _no_templates(llama_cpp):
             llama = llama_cpp.Llama(
                 str(path), n_ctx=-(-context // CONTEXT_STEP) * CONTEXT_STEP, n_batch=batch,
                 n_ubatch=batch if embedding else ubatch, n_threads=threads, n_threads_batch=threads,
                 embedding=embedding, vocab_only=vocabulary_only, verbose=False,
+                n_gpu_layers=-1 if connected() else 0,
                 flash_attn=True,  # llama.cpp's own default, not llama_cpp's
                 pooling_type=(llama_cpp.LLAMA_POOLING_TYPE_MEAN if embedding and not pooled
                               else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED),
             )
     except Exception as error:
-        if type(error).__module__.startswith("jinja2"):
-            raise UserError(f"{path}: its chat template is broken ({error}); convert it again.") from None
         raise _load_error(path, context, str(error), log.reason(), llama_cpp) from None
+    if connected():
+        close_at_exit(llama)
     if llama_cpp.llama_model_has_encoder(llama.model):
         raise UserError(f"{path} is an encoder-decoder model; only decoders and encoders are supported.")
+    kind = llama_cpp.llama_vocab_type(llama_cpp.llama_model_get_vocab(llama.model))
+    if needs_vocabulary and kind == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        raise UserError(f"{path} has no vocabulary, so it can neither read nor write text; convert the model "
+                        "again.")
     return llama
+
+
+@contextmanager
+def _no_templates(llama_cpp: Any) -> Iterator[None]:
+    """Llama without the file's chat templates, which it would compile: jinja2 computes what is constant in
+    one, however long that takes. They are chat_template's."""
+    def formatter(**_: Any) -> Any:
+        return SimpleNamespace(to_chat_handler=lambda: None)
+
+    module = llama_cpp.llama_chat_format
+    theirs, module.Jinja2ChatFormatter = module.Jinja2ChatFormatter, formatter
+    try:
+        yield
+    finally:
+        module.Jinja2ChatFormatter = theirs
 
 
 def open_generative(path: Path, context: int, threads: int | None = None) -> Any:
@@ -124,20 +149,24 @@ def open_generative(path: Path, context: int, threads: int | None = None) -> Any
     return open_model(path, context=context, threads=threads)
 
 
-def open_embedding(path: Path, context: int, threads: int | None = None) -> Any:
+def open_embedding(path: Path, context: int, threads: int | None = None, *,
+                   needs_vocabulary: bool = True) -> Any:
     """Load a model that embeds text of up to `context` tokens. Raises UserError as `open_model`."""
     return open_model(path, context=context, batch=context, threads=threads, embedding=True,
-                      pooled=model_info(path).pooled)
+                      pooled=model_info(path).pooled, needs_vocabulary=needs_vocabulary)
 
 
 def decode_error(raised: str) -> UserError:
     """The error for a llama_decode that failed, with llama.cpp's reason or else `raised`."""
     reason = keep_log().reason() or raised
-    return UserError(f"llama.cpp could not compute a batch: {reason}; free memory or use a smaller context.")
+    return lost_server(reason) or UserError(
+        f"llama.cpp could not compute a batch: {reason}; free memory or use a smaller context.")
 
 
 def _load_error(path: Path, context: int, raised: str, said: str, llama_cpp: Any) -> UserError:
     reason = said or raised.rstrip(".")
+    if lost := lost_server(reason):
+        return lost
     unknown = re.search(rf"unknown model architecture: '({ARCHITECTURE_PREFIX}[^']*)'", reason)
     if unknown:
         return UserError(

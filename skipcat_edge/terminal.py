@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from skipcat_edge.control_characters import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+    from rich.text import Text
 
 
 def stdout_console() -> Console:
     """A console on stdout that neither wraps nor shortens, in a pipe or in a narrow terminal."""
+    return _console(soft_wrap=True)
+
+
+def _console(**options: Any) -> Console:
+    """One that shows control characters in what it is given; rich passes most of them on."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=1000)
+    class Visible(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text), **options)
+
+    return Visible(highlight=False, width=1000, **options)
+
+
+def echo_generated(text: str) -> None:
+    """A part of what a model writes, to stdout: as it is into a file or a pipe, but a terminal obeys nothing
+    of it."""
+    import sys
+
+    import click
+
+    click.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def new_table(*columns: str, left: int = 1) -> Table:
@@ -34,11 +56,10 @@ def as_markdown(table: Table) -> str:
     import io
 
     from rich import box
-    from rich.console import Console
 
     table.box, table.show_edge, table.pad_edge, table.padding = box.MARKDOWN, True, True, (0, 1)
     out = io.StringIO()
-    Console(file=out, highlight=False, width=1000).print(table)
+    _console(file=out).print(table)
     return "\n".join(line.strip() for line in out.getvalue().splitlines() if line.strip())
 
 

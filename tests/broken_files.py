@@ -318,7 +318,7 @@ def _factors(name: str, tensor: str, m: int, *, dense: bool) -> None:
         _zeros(file, f"{tensor}.lr_a.weight", (8, 256))
         _zeros(file, f"{tensor}.lr_b.weight", (m, 8))
 
-    BROKEN[name] = Broken(tensor if dense else f"{tensor}.lr_", edit)
+    BROKEN[name] = Broken(f"{tensor}.", edit)
 
 
 _factors("factors_of_the_embeddings", "token_embd", 2048, dense=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ class GGUF:
         """Exchange two tensors' shapes, types and data."""
         tensors = self.tensors
         tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    def to_bytes(self) -> bytes:
+        """What `write` writes."""
+        with tempfile.TemporaryDirectory() as directory:
+            return self.write(Path(directory) / "file.gguf").read_bytes()
 
     def write(self, path: Path) -> Path:
         """Write `path`; the tensors' offsets follow from the sizes of their data."""

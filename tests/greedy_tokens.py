@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-NEAR_TIE = 0.1
-"""Of logits."""
+NEAR_TIE = 0.2
+"""Of logits. Activations are rounded to eight bits: a sum that differs in its last bit may round another way,
+and errors of some 0.02 of the logits' spread are what the runtime's selftest finds, too."""
 
 
 def assert_same_tokens(here: str, there: str, count: int) -> None:

@@ -56,14 +56,12 @@ def test_the_system_prompt_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert conversation._format([Turn("hello", "")]) == "Be brief.\nhello"
     seen: list[list[dict[str, str]]] = []
 
-    class Formatter:
-        prompt = ""
-
-        def __call__(self, messages: list[dict[str, str]]) -> Formatter:
+    class Template:
+        def render(self, messages: list[dict[str, str]]) -> str:
             seen.append(messages)
-            return self
+            return ""
 
-    conversation._formatter = Formatter()
+    conversation._template = Template()
     conversation._format([Turn("hello", "hi"), Turn("and", "")])
     assert [(each["role"], each["content"]) for each in seen[0]] == [
         ("system", "Be brief."), ("user", "hello"), ("assistant", "hi"), ("user", "and")]

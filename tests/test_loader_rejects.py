@@ -15,7 +15,7 @@ from broken_files import BROKEN, Broken, sound_file
 from broken_levels import BROKEN_LEVELS, sound_levels
 from gguf_edit import GGUF
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.trust]
 
 WORKER = Path(__file__).with_name("load_worker.py")
 SOUND, SOUND_LEVELS = "sound", "sound_levels"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 
 import pytest
 from llama_source import FIELDS, Source, closing
@@ -11,7 +12,7 @@ from skipcat_edge import format as fmt
 from skipcat_edge.runtime.apply import PatchSet, load_patch_set
 from skipcat_edge.runtime.source import stock_tree
 
-SKIPCAT_CPP = "vendor/llama.cpp/src/skipcat.cpp"
+SKIPCAT_SOURCES = "vendor/llama.cpp/src/skipcat*.cpp"
 
 # Found by the scan, which does not know that one graph takes another branch for this architecture.
 NOT_REACHED = {("deepseek2-ocr", "attn_q")}
@@ -29,7 +30,9 @@ def patches() -> PatchSet:
 
 @pytest.fixture(scope="module")
 def skipcat_cpp(patches: PatchSet) -> str:
-    return patches.overlay[SKIPCAT_CPP].read_text("utf-8")
+    """All of our files in llama.cpp's src."""
+    sources = [path for name, path in patches.overlay.items() if fnmatch(name, SKIPCAT_SOURCES)]
+    return "\n".join(path.read_text("utf-8") for path in sources)
 
 
 def define(text: str, name: str) -> int:

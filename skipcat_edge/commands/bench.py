@@ -11,6 +11,7 @@ import click
 
 from skipcat_edge.commands.examples import example
 from skipcat_edge.commands.level_options import progressive_option, rank_level_option
+from skipcat_edge.commands.rpc_option import rpc_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | No
                    "each physical core; with --device, what suits it]")
 @rank_level_option("all", say="`all` measures every level of each file in turn.")
 @progressive_option
+@rpc_option
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--bandwidth/--no-bandwidth", default=True, show_default=True,
               help="Also measure how fast the threads read memory, which takes a few seconds.")
@@ -61,8 +63,8 @@ def _thread_counts(_ctx: click.Context, _param: click.Parameter, value: str | No
               help="With --adb: the folder with llama-bench.  [default: build/phone/DEVICE]")
 def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads: list[int] | None,
             rank_level: float | Literal["all"] | None, progressive: Schedule | None, repetitions: int,
-            bandwidth: bool, output: str | None, as_json: bool, against: Path | None, device: str | None,
-            adb: bool, serial: str | None, phone_tools: Path | None) -> None:
+            rpc: tuple[str, ...], bandwidth: bool, output: str | None, as_json: bool, against: Path | None,
+            device: str | None, adb: bool, serial: str | None, phone_tools: Path | None) -> None:
     """Measure FILEs side by side: tokens per second, time to first token, load time and memory.
 
     Each file has a fresh process; they take turns, so that several files share the machine's
@@ -82,11 +84,13 @@ def command(files: tuple[str, ...], prompt_tokens: int, gen_tokens: int, threads
         if rank_level is not None or progressive is not None:
             raise UserError("llama-bench, which measures on phones, knows only the full level; leave out "
                             "--rank-level and --progressive.")
+        if rpc:
+            raise UserError("A phone computes by itself; leave out --rpc or --adb.")
         measure, steps, setting = _on_phone(device, threads, serial, phone_tools)
     elif serial or phone_tools:
         raise UserError("--serial and --phone-tools are about a phone; add --adb.")
     else:
-        measure, steps, setting = _here(device, threads, bandwidth, rank_level, progressive)
+        measure, steps, setting = _here(device, threads, bandwidth, rank_level, progressive, rpc)
 
     with new_progress() as progress:
         task = progress.add_task("loading", total=steps(files, repetitions))
@@ -107,7 +111,8 @@ _Plan = tuple["Callable[..., list[Result]]", "Callable[[Sequence[str], int], int
 
 
 def _here(name: str | None, threads: list[int] | None, bandwidth: bool,
-          rank_level: float | Literal["all"] | None, progressive: Schedule | None) -> _Plan:
+          rank_level: float | Literal["all"] | None, progressive: Schedule | None,
+          rpc: tuple[str, ...]) -> _Plan:
     from skipcat_edge.bandwidth import affordable_bandwidth
     from skipcat_edge.bench_rows import this_machine
     from skipcat_edge.benchmark import bench, bench_levels, steps, sweep
@@ -120,7 +125,7 @@ def _here(name: str | None, threads: list[int] | None, bandwidth: bool,
         default = _pin(load_device(name), default)
     counts = [default] if threads is None else threads or sweep(usable_cores())
     measure = partial(bench, threads=counts, bandwidth=affordable_bandwidth if bandwidth else None,
-                      rank_level=rank_level, progressive=progressive)
+                      rank_level=rank_level, progressive=progressive, servers=rpc)
 
     def all_steps(files: Sequence[str], repetitions: int) -> int:
         measured = sum(len(bench_levels(Path(file), rank_level, progressive)) for file in files)

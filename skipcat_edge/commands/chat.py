@@ -9,6 +9,7 @@ import click
 
 from skipcat_edge.commands.examples import example
 from skipcat_edge.commands.level_options import dial_options, wish_of
+from skipcat_edge.commands.rpc_option import rpc_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ A line that ends in \\ goes on in the next one; all lines between two \""" are o
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="Makes a temperature above 0 repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @dial_options
+@rpc_option
 def command(file: Path, system: str | None, tokens: int, context: int, temp: float, seed: int | None,
             threads: int | None, rank_level: float | str | None, target_tps: float | None,
-            max_temp: float | None, progressive: Schedule | None) -> None:
+            max_temp: float | None, progressive: Schedule | None, rpc: tuple[str, ...]) -> None:
     """Chat with the model in FILE.
 
     A line is a message; /help tells how to write longer ones, and what else there is. Ctrl-C stops a reply,
@@ -50,11 +52,13 @@ def command(file: Path, system: str | None, tokens: int, context: int, temp: flo
     from skipcat_edge.conversation import Conversation
     from skipcat_edge.generation import Sampling
     from skipcat_edge.level_control import check_wish, new_control
+    from skipcat_edge.rpc import connect
     from skipcat_edge.session import model_info, open_generative
 
     wish = wish_of(rank_level, target_tps, max_temp, progressive)
     checked = None if wish is None else check_wish(file, wish)
     context = min(context, model_info(file).context_length or context)
+    connect(rpc)
     llama = open_generative(file, context, threads)
     control = None if checked is None else new_control(llama, *checked)
     conversation = Conversation(llama, context=context, max_tokens=tokens, sampling=Sampling(temp, seed),
@@ -93,10 +97,12 @@ def _obey(message: str, conversation: Conversation) -> None:
 
 
 def _answer(conversation: Conversation, message: str) -> None:
+    from skipcat_edge.terminal import echo_generated
+
     try:
-        reply = conversation.reply(message, emit=lambda text: click.echo(text, nl=False))
+        reply = conversation.reply(message, emit=echo_generated)
     except UserError as error:
-        click.echo(error.message, err=True)
+        click.echo(error.format_message(), err=True)
         return
     click.echo()
     notes = [str(reply.statistics), *([] if reply.levels is None else [reply.levels])]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from skipcat_edge.commands.examples import example
 
 if TYPE_CHECKING:
-    from skipcat_converter.pipeline import ConvertResult
+    from skipcat_converter.options import ConvertResult
 
 METHODS = ("auto", "skipcat", "skip", "cat", "svd-llm", "svd")
 ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
@@ -50,13 +50,27 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
 @click.option("--calib-tokens", type=click.IntRange(1), help="Tokens to read.  [default: up to 65,536]")
 @click.option("--seq-len", type=click.IntRange(2), help="Tokens per calibration window.  [default: 256]")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--device-map", type=click.Choice(["auto"]),
+              help="Spread the model over all GPUs while it is run on the text, instead of --device.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1),
               help="Of the loss whose gradients are taken.  [default: 0]")
+@click.option("--max-memory", metavar="SIZE",
+              help="Memory that the conversion may take, for example 4GB: the model is read block by block, "
+                   "and what does not fit is done in smaller pieces or left out, which is said.")
 @click.option("--base", type=click.Path(path_type=Path),
               help="Dense GGUF of the same model, instead of converting it here.")
 @click.option("--runtime-source", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Pinned llama-cpp-python archive, whose converter is used.  [default: fetch it]")
+@click.option("--allow-pickle", is_flag=True,
+              help="Read weights that are pickles (pytorch_model*.bin) where there are no safetensors. A "
+                   "pickle is a program: PyTorch reads it so that it can make tensors only, but a flaw there "
+                   "would let it do all that you can. Only for models whose author you trust.")
+@click.option("--executor", default="local", show_default=True, type=click.Choice(["local", "ray"]),
+              help="ray measures layers on the machines of the Ray cluster that RAY_ADDRESS names (unset: a "
+                   "new one, of this machine alone), and factors them there with --no-compensation; "
+                   "otherwise later layers wait for earlier ones. The file is the same.")
 @click.option("--force", is_flag=True, help="Replace the output file and its card.")
+@click.option("--restart", is_flag=True, help="Begin anew where an unfinished conversion is there.")
 def command(
     source: str,
     output: Path,
@@ -78,15 +92,24 @@ def command(
     seq_len: int | None,
     device: str,
     seed: int | None,
+    max_memory: str | None,
     base: Path | None,
     runtime_source: Path | None,
+    allow_pickle: bool,
+    device_map: Literal["auto"] | None,
+    executor: Literal["local", "ray"],
     force: bool,
+    restart: bool,
 ) -> None:
     """Compress SOURCE, a Hugging Face directory or hub id, and write it as GGUF.
 
     A model card is written beside it, `llama.md` beside `llama.gguf`: the source and its licence, the
     method, and how to run it. `eval --card` puts figures into it, and `push` uploads both.
+
+    What is finished is kept beside the output until all of it is, in `.llama.gguf.job`: where the process
+    was killed, or the disk was full, the same command goes on from there.
     """
+    from skipcat_edge.control_characters import visible
     from skipcat_edge.conversion import convert
     from skipcat_edge.extra import phases
     from skipcat_edge.ranks import parse_ratios
@@ -100,14 +123,17 @@ def command(
             quant=quant, head_quant=head_quant, method=method, allocation=allocation, rounding=rounding,
             calibration=calibration, stats=stats, compensate=not no_compensation, gradients=not no_grad,
             calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, base=base,
-            runtime_source=runtime_source, force=force, phase=phase,
-            warn=lambda text: click.echo(text, err=True),
+            max_memory=None if max_memory is None else parse_size(max_memory),
+            runtime_source=runtime_source, device_map=device_map, executor=executor,
+            allow_pickle=allow_pickle, force=force, restart=restart, phase=phase,
+            warn=lambda text: click.echo(visible(text), err=True),
         )
     _report(output, result)
 
 
 def _report(output: Path, result: ConvertResult) -> None:
     from skipcat_edge.card import card_path
+    from skipcat_edge.control_characters import visible
     from skipcat_edge.terminal import decimal_bytes
 
     click.echo(f"{output}: {decimal_bytes(result.output_bytes)}; its card: {card_path(output).name}")
@@ -127,14 +153,15 @@ def _report(output: Path, result: ConvertResult) -> None:
         click.echo(f"calibrated on {result.calibration_tokens:,} tokens; second moments moved towards their "
                    f"diagonal by up to {result.shrinkage:.1%}, as their noise asks for")
     for tensor, damping in result.damped.items():
-        click.echo(f"{tensor}: its inputs' second moments are singular; damped by {damping:g} of their mean")
+        click.echo(visible(f"{tensor}: its inputs' second moments are singular; damped by {damping:g} of "
+                           "their mean"))
     if result.not_compensated:
         click.echo(f"errors are not compensated across layers: {result.not_compensated}")
     by_reason: dict[str, list[str]] = {}
     for tensor, reason in result.dense.items():
         by_reason.setdefault(reason, []).append(tensor)
     for reason, tensors in by_reason.items():
-        click.echo(f"stays dense: {', '.join(_compact(tensors))} ({reason})")
+        click.echo(visible(f"stays dense: {', '.join(_compact(tensors))} ({reason})"))
 
 
 def _compact(tensors: list[str]) -> list[str]:

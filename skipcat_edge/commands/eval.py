@@ -11,6 +11,7 @@ import click
 
 from skipcat_edge.commands.examples import example
 from skipcat_edge.commands.level_options import progressive_option, rank_level_option
+from skipcat_edge.commands.rpc_option import rpc_option
 from skipcat_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @rank_level_option(say="The reference always has its full level.")
 @progressive_option
+@rpc_option
 @click.option("--prompts", default=200, show_default=True, type=click.IntRange(min=1),
               help="With --progressive: windows of the text that are measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | None, limit: int | None,
             context: int | None, window: int, max_tokens: int | None, reference: Path | None,
             samples: int, sample_tokens: int, cache: bool, card: bool, threads: int | None,
-            rank_level: float | None, progressive: Schedule | None, prompts: int, as_json: bool) -> None:
+            rank_level: float | None, progressive: Schedule | None, prompts: int, rpc: tuple[str, ...],
+            as_json: bool) -> None:
     """Measure the quality of the model in FILE on a text, on tasks, or on both.
 
     A generative model: perplexity over windows that each start with BOS. With --reference also the
@@ -97,6 +100,10 @@ def command(file: Path, text: Path | None, tasks: str | None, task_path: Path | 
         from skipcat_edge import card_figures
 
         card_figures.require_card(file)
+    if rpc:
+        from skipcat_edge.rpc import connect
+
+        connect(rpc)
     found = _evaluate(file, text, window=window, max_tokens=max_tokens, reference=reference, cache=cache,
                       samples=samples, sample_tokens=sample_tokens, tasks=names, task_path=task_path,
                       limit=limit, context=context, threads=threads, rank_level=rank_level,

@@ -9,6 +9,7 @@ import click
 
 from skipcat_edge.commands.examples import example
 from skipcat_edge.commands.level_options import aim_options, wish_of
+from skipcat_edge.commands.rpc_option import rpc_option
 from skipcat_edge.errors import UserError
 
 
@@ -25,11 +26,12 @@ from skipcat_edge.errors import UserError
               help="Tokens of a whole conversation, never more than the model was trained for.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @aim_options
+@rpc_option
 @click.option("--alias", multiple=True,
               help="Name of the model in answers; may be given several times.  [default: the file's]")
 def command(file: Path, host: str, port: int, api_key: str | None, context: int, threads: int | None,
             rank_level: float | str | None, target_tps: float | None, max_temp: float | None,
-            alias: tuple[str, ...]) -> None:
+            alias: tuple[str, ...], rpc: tuple[str, ...]) -> None:
     """Serve the model in FILE over HTTP, as OpenAI's API and as a page to chat with it.
 
     Requests are answered one after another, in the order in which they come. An embedding model has
@@ -43,6 +45,7 @@ def command(file: Path, host: str, port: int, api_key: str | None, context: int,
     require_packages("Serving needs", "serve", "fastapi", "uvicorn")
     from skipcat_edge.level_control import check_wish, new_control
     from skipcat_edge.levels import file_levels
+    from skipcat_edge.rpc import connect
     from skipcat_edge.session import import_llama_cpp, model_info
 
     info = model_info(file)
@@ -65,6 +68,7 @@ def command(file: Path, host: str, port: int, api_key: str | None, context: int,
                         "choose another one.")
     context = min(context, info.context_length or context)
     with listen(host, port) as listener:
+        connect(rpc)
         engine = Engine(open_served(file, info, context, threads))
         control = None if wish is None else new_control(engine.llama, wish, known)
         app = create_app(engine, alias or (file.stem,), embedding=info.embedding, context=context,

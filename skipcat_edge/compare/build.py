@@ -12,7 +12,7 @@ from skipcat_edge.compare.request import Entry, Request
 from skipcat_edge.errors import UnreachableError, UserError
 
 if TYPE_CHECKING:
-    from skipcat_converter.pipeline import ConvertOptions
+    from skipcat_converter.options import ConvertOptions
 
 
 class Builder:
@@ -79,7 +79,7 @@ class Builder:
     def _options(self, out: Path, type_: str) -> ConvertOptions:
         """A dense file without calibration."""
         from skipcat_converter.factorize import METHODS
-        from skipcat_converter.pipeline import ConvertOptions
+        from skipcat_converter.options import ConvertOptions
         from skipcat_converter.writer import OutputTypes
 
         from skipcat_edge.runtime.source import stock_tree
@@ -89,7 +89,7 @@ class Builder:
         return ConvertOptions(
             source=request.source, output=out, method=METHODS["auto"], ratio=1.0,
             types=OutputTypes(weight_type(type_, have_importance=True), None),
-            tree=stock_tree(request.runtime_source), force=True,
+            tree=stock_tree(request.runtime_source), force=True, restart="if changed",
             source_name=None if Path(request.source_name).is_dir() else request.source_name)
 
     def _convert(self, options: ConvertOptions, step: Step) -> None:

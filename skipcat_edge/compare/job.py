@@ -15,7 +15,8 @@ from skipcat_edge.compare.figures import Comparison, Kind, figures_of
 from skipcat_edge.compare.measure import Evaluator, bench_all
 from skipcat_edge.compare.progress import Bar, new_bar
 from skipcat_edge.compare.request import Entry, Request, entries, printable
-from skipcat_edge.compare.state import NAME, Job, State, identity, sha256, source_identity
+from skipcat_edge.compare.state import NAME, Job, State, identity, source_identity
+from skipcat_edge.digest import sha256
 from skipcat_edge.errors import UserError
 from skipcat_edge.session import import_llama_cpp
 
@@ -66,7 +67,9 @@ def _locked_folder(request: Request, force: bool) -> Iterator[State]:
         if state.source not in (None, source):
             raise UserError(f"{folder} holds the comparison of {state.source}; name another folder, or pass "
                             "--force to replace it.")
-        for left in folder.glob(".*.partial-*"):
+        # an unfinished conversion's job is resumed, unless all begins anew
+        for left in (left for pattern in (".*.partial-*", ".*.job.done-*", *([".*.job"] if force else []))
+                     for left in folder.glob(pattern)):
             if left.is_dir():
                 shutil.rmtree(left)
             else:

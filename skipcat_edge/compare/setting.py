@@ -9,7 +9,7 @@ from typing import Any
 
 from skipcat_edge.bench_rows import Row
 from skipcat_edge.compare.request import Request, printable
-from skipcat_edge.compare.state import sha256
+from skipcat_edge.digest import sha256
 
 _STEADY = 0.9  # of the first repetition's speed, as `bench` reports it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +113,6 @@ def source_identity(source: Path) -> list[Any]:
         return identity(source)
     found = [*sorted(source.glob("*")), *sorted(source.glob("*/config.json"))]
     return [identity(file) for file in found if file.is_file()]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _as_json(value: Plain) -> Plain:

@@ -74,7 +74,8 @@ def serve(job: Job, answers: TextIO) -> None:
     answer(ready=True)
     for model in job.models:
         try:
-            llama = open_model(Path(model), context=len(job.tokens), threads=job.threads)
+            llama = open_model(Path(model), context=len(job.tokens), threads=job.threads,
+                               needs_vocabulary=False)
             answer(model=model, stage="loaded")
             answer(model=model, stage="prompt", logits=all_logits(llama, job.tokens).tolist())
             answer(model=model, stage="decode", logits=one_by_one(llama, job.tokens[: job.decoded]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import platformdirs
 from rich.progress import Progress
 from rich.progress import open as open_with_progress
 
+from skipcat_edge.digest import sha256
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.apply import (
     VERSION_FILE,
@@ -105,16 +105,13 @@ def fetch_archive(pin: Pin, source: Path | None = None) -> Path:
 
 def check_sha256(archive: Path, pin: Pin) -> None:
     """Raise UserError unless `archive` is the pinned one."""
-    digest = hashlib.sha256()
     try:
-        with archive.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        found = sha256(archive)
     except OSError as error:
         raise UserError(f"{archive}: cannot be read ({error.strerror}).") from None
-    if digest.hexdigest() != pin.sha256:
+    if found != pin.sha256:
         raise UserError(
-            f"{archive}: SHA-256 is {digest.hexdigest()}, but the pin of {pin.package} {pin.version} is "
+            f"{archive}: SHA-256 is {found}, but the pin of {pin.package} {pin.version} is "
             f"{pin.sha256}; delete the file and get {pin.archive_name} again."
         )
 

@@ -28,8 +28,11 @@ def schema_grammar(schema: Any) -> Any:
     from llama_cpp import LlamaGrammar
 
     try:
+        text = json.dumps(schema)
+        if len(text) > _LONGEST:
+            raise RequestError(400, f"The JSON schema has more than {_LONGEST} bytes; use a smaller one.")
         _require_few_repetitions(schema)
-        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+        return LlamaGrammar.from_json_schema(text, verbose=False)
     except RequestError:
         raise
     except Exception:  # its converter stumbles in many ways

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _LARGEST_BODY = 16 * 2**20
+# Of all requests under way, each of which waits in memory for its turn.
+_LARGEST_BODIES = 128 * 2**20
 
 
 class Guard:
@@ -23,13 +25,19 @@ class Guard:
         self._app = app
         self._hosts = hosts
         self._authorization = f"Bearer {api_key}".encode() if api_key else None
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)):
             headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
             await JSON(refusal.body(), refusal.status, headers)(scope, receive, send)
-        else:
+            return
+        length = _length(scope)  # what does not POST is not read
+        self._held += length
+        try:
             await self._app(scope, receive, send)
+        finally:
+            self._held -= length
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = Headers(scope=scope)
@@ -51,7 +59,17 @@ class Guard:
                 return RequestError(411, "The request does not say how long it is; send Content-Length.")
             if int(length) > _LARGEST_BODY:  # h11 has seen that it is a number
                 return RequestError(413, f"The request is longer than {_LARGEST_BODY} bytes; shorten it.")
+            if self._held + int(length) > _LARGEST_BODIES:
+                return RequestError(503, "Requests of other clients fill the memory that they have; ask "
+                                         "again later.")
         return None
+
+
+def _length(scope: Scope) -> int:
+    """Bytes of the request's body."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return 0
+    return int(Headers(scope=scope)["content-length"])
 
 
 def _name(host: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skipcat_edge.conversation import template_formatter
+from skipcat_edge.chat_template import TemplateError
+from skipcat_edge.conversation import template_of
 from skipcat_edge.generation import encode, piece
 from skipcat_edge.serve.errors import RequestError
 from skipcat_edge.session import import_llama_cpp
@@ -19,18 +20,18 @@ def use_own_prompts(llama: Any, context: int) -> None:
     """
     from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 
-    formatter = template_formatter(llama)
+    template = template_of(llama)
 
     def prompt(*, messages: Sequence[Any], **options: Any) -> Any:
         plain = [{**message, "content": _plain(message["content"])} for message in messages]
         if not plain:
             raise RequestError(400, "There are no messages; send at least one.")
-        if formatter is None:
+        if template is None:
             text = _continued(plain)
         else:
             try:
-                text = str(formatter(messages=plain, **options).prompt)
-            except Exception as error:  # a template is a program of its own
+                text = template.render(plain, **options)
+            except TemplateError as error:
                 message = f"The file's chat template refuses these messages: {error}."
                 raise RequestError(400, message) from None
         text = text.encode("utf-8", errors="replace").decode()

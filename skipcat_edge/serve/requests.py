@@ -23,6 +23,8 @@ _REPEAT_PENALTY = Field(1.0, gt=0, le=100)
 # Not a number, or a negative one, reaches llama.cpp unchecked otherwise.
 _TEMPERATURE = Field(0.8, ge=0, le=100)
 _LARGEST_BIAS = 100
+# Each is looked for after each token.
+_MOST_STOPS = 64
 
 
 class StreamOptions(BaseModel):
@@ -164,6 +166,9 @@ def _common_options(request: ChatRequest | CompletionRequest, vocabulary: int) -
         raise RequestError(400, "This server does not know min_tokens; leave it out.")
     options = {name: getattr(request, name) for name in _SAMPLING}
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stop) > _MOST_STOPS:
+        raise RequestError(400, f"The request has {len(stop)} texts to stop at, but {_MOST_STOPS} are the "
+                                "most; send fewer.")
     return options | {
         "max_tokens": request.max_tokens,
         "stream": request.stream,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from skipcat_edge.errors import UserError
+from skipcat_edge.serve.connection import Connection
 from skipcat_edge.serve.engine import Engine
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class _Server(uvicorn.Server):
 
 def configuration(app: ASGIApp) -> uvicorn.Config:
     """uvicorn's settings: quiet, and in pure Python, which needs no compiler anywhere."""
-    config = uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="error",
-                            access_log=False, server_header=False,
+    config = uvicorn.Config(app, loop="asyncio", http=Connection, ws="none", lifespan="off",
+                            log_level="error", access_log=False, server_header=False,
                             timeout_graceful_shutdown=_SECONDS_TO_LEAVE)
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     return config

@@ -15,7 +15,10 @@
 
 #include "ggml-cpp.h"
 
+#include "skipcat-assert.h"
+
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <initializer_list>
 #include <map>
@@ -56,7 +59,15 @@ struct skipcat_range {
     std::string infix;
 };
 
+struct skipcat_loading {
+    skipcat_loading()  { skipcat_n_loading++; }
+    ~skipcat_loading() { skipcat_n_loading--; }
+    skipcat_loading(const skipcat_loading &) = delete;
+    skipcat_loading & operator=(const skipcat_loading &) = delete;
+};
+
 struct skipcat_model {
+    std::unique_ptr<skipcat_loading> loading = std::make_unique<skipcat_loading>(); // null once it is loaded
     std::vector<float>         levels; // their ratios, rising; the last one is the whole file
     std::vector<skipcat_range> ranges; // all that a name may have
     std::unordered_map<const ggml_tensor *, skipcat_weight> weights; // by placeholder
@@ -74,7 +85,11 @@ using skipcat_create_fn = std::function<ggml_tensor * (const LLM_TN_IMPL & tn, c
 // "skipcat-llama" -> "llama"; other names are returned as they are
 std::string skipcat_base_arch(const std::string & name);
 
-// null for an ordinary file; throws if the file needs a newer runtime
+// throws with the key's or the tensor's name if the structure of a GGUF file does not add up, before llama.cpp reads it
+void skipcat_check_file(const char * path);
+void skipcat_check_file(FILE * file);
+
+// null for an ordinary file; throws if the file needs a newer runtime, or with the name of a key that cannot be
 std::shared_ptr<skipcat_model> skipcat_open(const llama_model_loader & ml);
 
 // the placeholder of a weight that the file holds as factors, null for any other weight;
@@ -98,8 +113,16 @@ ggml_tensor * skipcat_mul_mat(
         const ggml_tensor * w,
         ggml_tensor * x);
 
-// throws if an architecture used a placeholder without build_lora_mm
+// throws if an architecture used a placeholder without build_lora_mm, or rotates what keys make impossible
 void skipcat_check_graph(const skipcat_model * model, ggml_cgraph * gf);
+
+// what llama_encode and llama_decode return: the code of a failed graph where an exception, which may not reach a
+// caller in C, ends them, or where an RPC server of the context is lost
+int32_t skipcat_encode(llama_context * ctx, const llama_batch & batch);
+int32_t skipcat_decode(llama_context * ctx, const llama_batch & batch);
+
+// the token that SentencePiece spells a byte with, or the unknown token
+llama_token skipcat_byte_to_token(const llama_vocab & vocab, uint8_t byte);
 
 extern "C" {
     // revision of the patch set, for example "skipcat.1"
