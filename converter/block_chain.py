@@ -6,14 +6,14 @@ the blocks do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from skipcat_edge.errors import UserError
+from skipcat_edge.errors import RetryError
 
 from .calibration import Batch
 from .layers import Layer
@@ -51,6 +51,15 @@ class BlockChain:
             run_body(self.model, batch)
         return Recorded(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 
+    def record_all(self, batches: Sequence[Batch], put: Callable[[torch.Tensor], None]) -> list[Recorded]:
+        """The same of all `batches`, except for what enters the first block: `put` gets it."""
+        recorded = []
+        for batch in batches:
+            item = self.record(batch)
+            put(item.hidden)
+            recorded.append(replace(item, hidden=item.hidden.new_empty(0)))
+        return recorded
+
     def run(self, index: int, hidden: torch.Tensor, recorded: Recorded,
             block: torch.nn.Module | None = None) -> torch.Tensor:
         """Hidden states after block `index`, or after `block` in its place."""
@@ -68,13 +77,18 @@ class BlockChain:
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        # a block on another device than the one before has a forward of accelerate's
+        own = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for block in self.blocks:
                 block.forward = forward
             yield
         finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+            for block, known in zip(self.blocks, own, strict=True):
+                if known is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.forward = known
 
 
 def find_chain(model: SourceModel, layers: list[Layer], batch: Batch) -> BlockChain | None:
@@ -106,7 +120,7 @@ def _checked(model: SourceModel, blocks: list[torch.nn.Module], batch: Batch) ->
                 hidden = chain.run(index, hidden, recorded)
             same = torch.allclose(_first(outputs[0]), hidden, rtol=1e-4, atol=1e-5)
     except torch.OutOfMemoryError:
-        raise UserError("The device has too little memory for this model; use --device cpu.") from None
+        raise RetryError("The device has too little memory for this model; use --device cpu.") from None
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
         return None
     finally:
@@ -125,8 +139,7 @@ def run_whole(model: SourceModel, batch: Batch) -> Any:
 
 
 def _run(module: torch.nn.Module, model: SourceModel, batch: Batch) -> Any:
-    device = next(module.parameters()).device
-    return module(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device),
+    return module(input_ids=batch.ids.to(model.device), attention_mask=batch.mask.to(model.device),
                   **({} if model.is_encoder else {"use_cache": False}))
 
 

@@ -17,8 +17,9 @@ from .source_model import SourceModel
 DEFAULT_TOKENS = 65_536
 DEFAULT_SEQ_LEN = 256
 
-# Tokens of one forward pass.
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
+"""Tokens of one forward pass."""
+
 # Rarely more on average, in any language and tokenizer.
 _CHARACTERS_PER_TOKEN = 16
 
@@ -58,7 +59,8 @@ def require_calibration(method: Method, path: Path | None) -> None:
 
 
 def load_calibration(
-    path: Path, model: SourceModel, tokens: int | None = None, seq_len: int | None = None
+    path: Path, model: SourceModel, tokens: int | None = None, seq_len: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> CalibrationSet:
     """Tokenise the first `tokens` tokens of `path` (None: up to 65,536) in windows of `seq_len`.
 
@@ -80,7 +82,8 @@ def load_calibration(
     length = min(seq_len or DEFAULT_SEQ_LEN, model.max_length)
     wanted = DEFAULT_TOKENS if tokens is None else tokens
     make = _sentence_batches if model.is_encoder else _window_batches
-    batches, found = make(text, model, wanted, length)
+    windows, found = make(text, model, wanted, length)
+    batches = _pad(windows, _padding(model), batch_tokens)
     if not batches:
         raise UserError(f"Calibration text {path} has no sentence of three words; give running text.")
     if tokens is not None and found < tokens:
@@ -91,7 +94,7 @@ def load_calibration(
     return CalibrationSet(batches, found, hashlib.sha256(data).hexdigest())
 
 
-def _window_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[Batch], int]:
+def _window_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[list[int]], int]:
     def tokenize(part: str) -> list[int]:
         tokens: list[int] = model.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         return tokens
@@ -106,10 +109,10 @@ def _window_batches(text: str, model: SourceModel, wanted: int, length: int) -> 
     prefix = [] if bos is None else [bos]
     step = length - len(prefix)
     windows = [prefix + ids[i : i + step] for i in range(0, len(ids), step)]
-    return _pad(windows, 0), len(ids)
+    return windows, len(ids)
 
 
-def _sentence_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[Batch], int]:
+def _sentence_batches(text: str, model: SourceModel, wanted: int, length: int) -> tuple[list[list[int]], int]:
     windows: list[list[int]] = []
     found = 0
     for sentence in split_sentences(text):
@@ -118,8 +121,12 @@ def _sentence_batches(text: str, model: SourceModel, wanted: int, length: int) -
         ids = model.tokenizer(sentence, truncation=True, max_length=length, verbose=False)["input_ids"]
         windows.append(ids)
         found += len(ids)
-    pad = model.tokenizer.pad_token_id
-    return _pad(windows, 0 if pad is None else pad), found
+    return windows, found
+
+
+def _padding(model: SourceModel) -> int:
+    pad = model.tokenizer.pad_token_id if model.is_encoder else None
+    return 0 if pad is None else int(pad)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -128,14 +135,14 @@ def split_sentences(text: str) -> list[str]:
     return [piece.strip() for piece in pieces if len(piece.split()) >= 3]
 
 
-def _pad(windows: list[list[int]], pad: int) -> list[Batch]:
-    """Batches of about 4,096 tokens; windows of similar length share one."""
+def _pad(windows: list[list[int]], pad: int, batch_tokens: int) -> list[Batch]:
+    """Batches of at most `batch_tokens` tokens, or one window; windows of similar length share one."""
     windows = sorted(windows, key=len, reverse=True)
     batches = []
     start = 0
     while start < len(windows):
         width = len(windows[start])
-        chunk = windows[start : start + max(1, _BATCH_TOKENS // width)]
+        chunk = windows[start : start + max(1, batch_tokens // width)]
         ids = torch.full((len(chunk), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, window in enumerate(chunk):

@@ -11,11 +11,19 @@ from gguf import GGMLQuantizationType
 
 from skipcat_edge import format as fmt
 
+from .collector import BlockStatistics
 from .compensation import CompressedInput
-from .factorize import Decomposition, Method, decompose, factorize, refit, whiten
+from .factorize import (
+    Decomposition,
+    Method,
+    decompose,
+    factorize,
+    refit,
+    squared_singular_values,
+    whiten,
+)
 from .layers import Layer
 from .quantized import Rounding, quantize_factors, quantize_matrix
-from .statistics import BlockStatistics
 
 # From this many bits on, rounding with feedback costs too little to choose by.
 _EXACT_BITS = 8.0
@@ -105,24 +113,36 @@ def problem(
     ones = torch.ones(len(W), dtype=torch.float64, device=W.device)
     if not statistics or not method.whiten:
         return Problem(W, W, None, None, 0.0, ones)
-    entries = [statistics[layer.tensor] for layer in members]
-    H, M = entries[0].input.H.to(W), None
-    if compressed is not None:
-        H, M = compressed.H.to(W), compressed.M.to(W)
-        W = W @ M
-    whitening = whiten(H)
+    M = None if compressed is None else compressed.M.to(W)
+    W = W if M is None else W @ M
+    C, means = W, ones
     known = [entry.output.mean_weight for entry in statistics.values() if entry.output is not None]
-    if not method.two_sided or not known:
-        return Problem(W, W, H, whitening.L, whitening.damping, ones)
-    # a layer that is only a part of its module has no C of its own; it gets its block's mean weight
-    C, means = [], []
+    if method.two_sided and known:
+        C, means = _weighed(members, W, statistics, float(np.mean(known)), M)
+    # before the whitening, which is as large
+    del M
+    own = statistics[members[0].tensor].input
+    H = (own.H if compressed is None else compressed.H).to(W)
+    whitening = whiten(H)
+    return Problem(W, C, H, whitening.L, whitening.damping, means)
+
+
+def _weighed(
+    members: Sequence[Layer], W: torch.Tensor, statistics: BlockStatistics, mean: float,
+    M: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """C: [k, n] of the stacked W: [m, n], which has been multiplied by M already, and the weight of each row
+    of W. A layer that is only a part of its module has no C of its own; it gets its block's `mean` weight."""
+    C, weights = [], []
     for layer, part in zip(members, torch.split(W, [layer.m for layer in members]), strict=True):
         output = statistics[layer.tensor].output
-        mean = float(np.mean(known)) if output is None else output.mean_weight
-        own = mean**0.5 * part if output is None else output.C.to(W) if M is None else output.C.to(W) @ M
-        C.append(own)
-        means.append(torch.full((layer.m,), mean, dtype=torch.float64, device=W.device))
-    return Problem(W, torch.cat(C), H, whitening.L, whitening.damping, torch.cat(means))
+        weight = mean if output is None else output.mean_weight
+        if output is None:
+            C.append(mean**0.5 * part)
+        else:
+            C.append(output.C.to(W) if M is None else output.C.to(W) @ M)
+        weights.append(torch.full((layer.m,), weight, dtype=torch.float64, device=W.device))
+    return torch.cat(C), torch.cat(weights)
 
 
 def alternatives(group: tuple[Layer, ...], share: bool | None) -> Iterator[list[tuple[Layer, ...]]]:
@@ -143,12 +163,14 @@ def measure(
 ) -> Candidate:
     """The candidate of `members`: its spectrum, and what rounding to `type_` costs in each form, all
     in units of `unit`."""
-    decomposition = owner.decomposition()
-    values = decomposition.values
     # its forms and ranks compare alike without the sweeps, which take most of the time
     rounding = replace(rounding, sweeps=0)
     losses: dict[Form, tuple[np.ndarray, np.ndarray]] = {}
-    if bits(type_) < _EXACT_BITS and owner.H is not None:
+    if bits(type_) >= _EXACT_BITS or owner.H is None:
+        values = squared_singular_values(owner.C, owner.L)
+    else:
+        decomposition = owner.decomposition()
+        values = decomposition.values
         losses[None] = np.zeros(1), np.array([_dense_loss(owner, type_, rounding) * unit])
         for skip in (False, True) if method.skip is None else (method.skip,):
             ranks = _tried_ranks(owner, fmt.rank_grid(type_, owner.W.shape[1]), skip)

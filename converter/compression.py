@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -14,13 +14,16 @@ from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 
 from .candidates import problem
+from .collector import BlockStatistics, in_memory
 from .compensation import Compensation, CompressedInput
+from .executor import Executor
 from .factorize import DAMPING, Method
+from .job import Job
+from .job_blocks import StoredBlock, has_stored, keep_stored, read_stored
 from .layers import Layer
 from .plan import PlannedOwner
 from .quantized import Rounding, quantize_matrix
 from .stages import FittedStage, fit_stage, is_added_to, mixed_input, stages_below
-from .statistics import BlockStatistics
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
 
@@ -40,29 +43,46 @@ class OwnerReport:
     """Largest |T_ij|."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weights:
-    """The linear layers of a base file as W: [m, n], float32, one block in memory at a time."""
+    """The linear layers of a base file as W: [m, n], float32, read from it each time."""
 
     tensors: Mapping[str, ReaderTensor]
     layers: Mapping[str, Layer]
     device: str = "cpu"
-    _block: int = -1
-    _cached: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, reader: GGUFReader, groups: list[tuple[Layer, ...]], device: str) -> Weights:
         layers = {layer.tensor: layer for group in groups for layer in group}
         return cls({tensor.name: tensor for tensor in reader.tensors}, layers, device)
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
-        """All of one block, by tensor name. Raises UserError where one is not finite."""
-        if self._block != index:
-            names = [name for name, layer in self.layers.items() if layer.index == index]
-            arrays = {name: np.require(read_weight(self.tensors[name]), requirements="W") for name in names}
-            self._cached = {name: torch.from_numpy(W).to(self.device) for name, W in arrays.items()}
-            self._block = index
-        return self._cached
+    def only(self, index: int) -> Weights:
+        """Those of one block, as the base file stores them."""
+        layers = {name: layer for name, layer in self.layers.items() if layer.index == index}
+        return Weights({name: self.tensors[name] for name in layers}, layers, self.device)
+
+    def block(self, index: int) -> Mapping[str, torch.Tensor]:
+        """All of one block, by tensor name; one that is not finite raises UserError when it is read."""
+        return _BlockWeights(self.only(index))
+
+
+@dataclass(frozen=True)
+class _BlockWeights(Mapping[str, torch.Tensor]):
+    weights: Weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        W = np.require(read_weight(self.weights.tensors[name]), requirements="W")
+        return torch.from_numpy(W).to(self.weights.device)
+
+    # the one of Mapping would read the tensor
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.layers)
+
+    def __len__(self) -> int:
+        return len(self.weights.layers)
 
 
 @dataclass
@@ -83,12 +103,17 @@ class Compressor:
     """What the loss of each level counts where factors serve several; one for a file without levels."""
     compensation: Sequence[Compensation] = ()
     """The flows of each level; none without compensation."""
+    job: Job | None = None
+    """Where finished blocks are kept and found."""
+    executor: Executor | None = None
+    """Where blocks are factored if no compensation makes them depend on each other; None: here."""
     reports: list[OwnerReport] = field(default_factory=list)
     damped: dict[str, float] = field(default_factory=dict)
     """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
     _entries: tuple[int, BlockStatistics] = field(default_factory=lambda: (-1, {}))
-    _done: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _done: StoredBlock = field(default_factory=StoredBlock)
     _block: int = -1
+    _ahead: Iterator[StoredBlock] = field(default_factory=lambda: iter(()))
 
     def entries(self, block: int) -> BlockStatistics:
         """One block's statistics, kept until another block's are asked for."""
@@ -108,19 +133,88 @@ class Compressor:
             for layer in owner.members:
                 owners.setdefault(layer.tensor, []).append(owner)
         slots = {item.name: item for item in layout.order if isinstance(item, Slot)}
+        found = [self._layer_of(item) for item in layout.order]
+        blocks = dict.fromkeys(layer.index for layer in found if layer is not None)
+        self._ahead = self._factor_elsewhere([*blocks], owners, slots)
 
         def ask(item: PlannedOwner | Slot) -> list[np.ndarray] | None:
-            name = item.members[0].tensor if isinstance(item, PlannedOwner) else item.name
-            layer = self.weights.layers.get(name)
+            layer = self._layer_of(item)
             if layer is None:
                 return None
             if layer.index != self._block:
-                self._block, self._done = layer.index, {}
-                for group in (group for group in self.groups if group[0].index == layer.index):
-                    self._compress_group(group, owners, slots)
-            return self._done.pop(_key(item), None)
+                self._block = layer.index
+                self._to_block(owners, slots)
+            return self._done.data.pop(_key(item), None)
 
         return ask
+
+    def _layer_of(self, item: PlannedOwner | Slot) -> Layer | None:
+        """The layer, or the first one, that the item stores."""
+        name = item.members[0].tensor if isinstance(item, PlannedOwner) else item.name
+        return self.weights.layers.get(name)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Those that hold groups, ascending."""
+        return sorted({group[0].index for group in self.groups})
+
+    @property
+    def first_open(self) -> int | None:
+        """The first block that no earlier run finished; None where there is none."""
+        return next((block for block in self.blocks if not has_stored(self.job, block)), None)
+
+    def _to_block(self, owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]) -> None:
+        """Everything of the block at hand."""
+        if self.job is not None and has_stored(self.job, self._block):
+            self._done = read_stored(self.job, self._block)
+        else:
+            self._done = next(self._ahead, None) or self.factor(self._block, owners, slots)
+            if self.job is not None:
+                self._keep_block(self.job)
+        known = {_key(owner): owner for each in owners.values() for owner in each}
+        self.reports += [OwnerReport(known[key], *found) for key, found in self._done.errors.items()]
+        self.damped |= self._done.damped
+
+    def factor(
+        self, block: int, owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
+    ) -> StoredBlock:
+        """All groups of one block; owners and dense tensors by their layers' names."""
+        self._done = StoredBlock()
+        for group in (group for group in self.groups if group[0].index == block):
+            self._compress_group(group, owners, slots)
+        return self._done
+
+    def _factor_elsewhere(
+        self, blocks: Sequence[int], owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
+    ) -> Iterator[StoredBlock]:
+        """Those of `blocks` that are not done yet, where they do not depend on each other."""
+        # without a job, a block that the file holds in two places is asked for twice
+        if self.executor is None or self.compensation or self.job is None:
+            return iter(())
+        missing = [block for block in blocks if not has_stored(self.job, block)]
+        return self.executor.map(_factor_block, (self._task(block, owners, slots) for block in missing))
+
+    def _task(
+        self, block: int, owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
+    ) -> _BlockTask:
+        """All that one block's factors depend on, and nothing of the others."""
+        weights = self.weights.only(block)
+        groups = [group for group in self.groups if group[0].index == block]
+        alone = Compressor(weights, self.statistics, self.method, self.types, self.rounding, groups,
+                           self.level_weights, _entries=(block, in_memory(self.entries(block))))
+        return _BlockTask(
+            alone, block, {name: owners[name] for name in weights.layers if name in owners},
+            {name: slots[name] for name in weights.layers if name in slots})
+
+    def _keep_block(self, job: Job) -> None:
+        """The block counts as finished once what enters the next one is kept too."""
+        after = next((block for block in self.blocks if block > self._block), None)
+        if after is not None:
+            for flow in self.compensation:
+                flow.go_to(after)
+        keep_stored(job, self._block, self._done)
+        for flow in self.compensation:
+            flow.drop_before(self._block + 1 if after is None else after)
 
     def _compress_group(
         self, group: tuple[Layer, ...], owners: Mapping[str, list[PlannedOwner]], slots: Mapping[str, Slot]
@@ -165,19 +259,20 @@ class Compressor:
         W = self.weights.block(first.index)
         fitted: dict[PlannedOwner, FittedStage] = {}
         for owner in sorted(owners, key=lambda owner: owner.levels or (0, 0)):
+            added_to = is_added_to(owner, owners)
             whole = problem(owner.members, W, self.entries(first.index), self.method,
-                            mixed(self._levels(owner), is_added_to(owner, owners)))
+                            mixed(self._levels(owner), added_to))
             if whole.damping > DAMPING:
-                self.damped[first.tensor] = whole.damping
+                self._done.damped[first.tensor] = whole.damping
             try:
                 stage = fit_stage(owner, whole, [fitted[each] for each in stages_below(owner, owners)],
-                                  self.types.linear, self.rounding)
+                                  self.types.linear, self.rounding, last=not added_to)
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{first.tensor} cannot be factored: {error}; "
                                 "use more calibration tokens or a lower ratio.") from None
             fitted[owner] = stage
-            self.reports.append(OwnerReport(owner, stage.error, stage.largest_t))
-            self._done[_key(owner)] = factor_data(stage.quantized)
+            self._done.errors[_key(owner)] = stage.error, stage.largest_t
+            self._done.data[_key(owner)] = factor_data(stage.quantized)
             parts = torch.split(stage.taken_w, list(owner.outputs))
             for layer, part in zip(owner.members, parts, strict=True):
                 stored[layer.tensor].append((self._levels(owner), part))
@@ -197,8 +292,20 @@ class Compressor:
         target = W if compressed is None else (W.double() @ compressed.M.to(W.device)).float()
         matrix = quantize_matrix(target, H.to(W.device), slot.type, self.rounding)
         assert matrix.type == slot.type, (slot.name, matrix.type, slot.type)
-        self._done[layer.tensor] = [matrix.data]
+        self._done.data[layer.tensor] = [matrix.data]
         stored[layer.tensor].append((levels, matrix.dequantized()))
+
+
+@dataclass(frozen=True)
+class _BlockTask:
+    compressor: Compressor
+    block: int
+    owners: Mapping[str, list[PlannedOwner]]
+    slots: Mapping[str, Slot]
+
+
+def _factor_block(task: _BlockTask) -> StoredBlock:
+    return task.compressor.factor(task.block, task.owners, task.slots)
 
 
 def _key(item: PlannedOwner | Slot) -> str:

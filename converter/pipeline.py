@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -17,133 +16,62 @@ from skipcat_edge.card import Conversion, new_card
 from skipcat_edge.card_source import source_of_directory
 from skipcat_edge.errors import UnreachableError, UserError
 from skipcat_edge.extra import Phase
-from skipcat_edge.output import atomic_outputs
+from skipcat_edge.output import check_output
 
 from .allocation import Groups
-from .base_gguf import open_base
-from .calibrate import CalibrationOptions, checked_layers, load_model, obtain_statistics
-from .calibration import load_calibration, require_calibration
+from .base_gguf import BASE, open_base
+from .calibrate import UNFINISHED, CalibrationOptions, checked_layers, load_model, obtain_statistics
+from .calibration import BATCH_TOKENS, DEFAULT_SEQ_LEN, load_calibration, require_calibration
 from .compensation import Compensation, open_compensation
-from .compression import Compressor, OwnerReport, Weights
+from .compression import Compressor, Weights
+from .executor import open_executor
 from .factorize import Method
+from .job import Job, open_job
+from .job_blocks import has_stored
+from .job_settings import THREADS, job_settings, source_digest
 from .layers import LayerMap, map_layers
-from .plan import Plan, plan_uniform
+from .memory import (
+    KEPT_PLAN,
+    MemoryPlan,
+    Wanted,
+    check_memory_of_base,
+    dimensions,
+    giving_back,
+    kept_plan,
+    plan_memory,
+)
+from .metadata import calibration_keys, metadata
+from .options import ConvertOptions, ConvertResult, LevelResult
+from .plan import Plan, plan_from_json, plan_to_json, plan_uniform
 from .planning import Budget, make_level_plan, make_plan, measure_groups
 from .quantized import Rounding
 from .source_model import SourceModel
 from .stages import level_weights
+from .statistics import FIRST_STATES
 from .statistics_file import Statistics
-from .writer import OutputTypes, make_layout, metadata_bytes, write_file
+from .threads import Threads
+from .writer import base_metadata_bytes, make_layout, metadata_bytes, write_file
 
+# Artifacts of the job.
+_PLAN, _OUTPUT, _CARD = "plan.json", "output", "card"
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What the user asked for."""
-
-    source: Path
-    """Hugging Face directory."""
-    output: Path
-    method: Method
-    types: OutputTypes
-    tree: Path
-    """The pinned source, with llama.cpp's converter and tensor names."""
-    ratio: float = 0.8
-    """Unless one of the next two is given."""
-    budget: int | None = None
-    """Bytes of the whole file."""
-    bpw: float | None = None
-    """Bits per dense weight of the linear layers."""
-    levels: tuple[float, ...] = ()
-    """Ratios of the file's levels, rising; `ratio` is the last. None for a file without levels."""
-    level_overhead: float = 0.1
-    """How much larger the file may be than one of its last level alone, as a share."""
-    allocation: str | None = None
-    """None: the method's own."""
-    grid: int | None = None
-    """Ranks are its multiples; None: what the type needs."""
-    rounding: Rounding = field(default_factory=Rounding)
-    source_name: str | None = None
-    """Of a model from the hub; a directory's own name otherwise."""
-    base: Path | None = None
-    calibration: Path | None = None
-    stats: Path | None = None
-    """Where statistics are kept."""
-    gradients: bool = True
-    compensate: bool = True
-    calib_tokens: int | None = None
-    seq_len: int | None = None
-    device: str = "cpu"
-    seed: int | None = None
-    """Of gradients; None: 0, or that of the statistics that are there."""
-    card: Path | None = None
-    """Where the model card goes; None: there is none."""
-    force: bool = False
-
-    @property
-    def dense(self) -> bool:
-        """A plain GGUF was asked for."""
-        return self.budget is None and self.bpw is None and self.ratio == 1.0
-
-    @property
-    def compensated(self) -> bool:
-        """Later layers make up for earlier ones; that runs the model on the text."""
-        return self.compensate and self.calibration is not None and self.method.compensate
-
-    @property
-    def two_sided(self) -> bool:
-        """Gradients say what matters."""
-        return self.method.two_sided or self.allocation == "flrc"
-
-    @property
-    def calibrated(self) -> bool:
-        """There are statistics to convert by."""
-        return self.calibration is not None or self.stats is not None
-
-
-@dataclass(frozen=True)
-class LevelResult:
-    """One level of what was written."""
-
-    ratio: float
-    """Asked for; the level's name."""
-    kept: float
-    """What it reads of the layers that could be factored, over their dense parameters."""
-    loss: float
-    """Predicted, before compensation, in the unit of the statistics."""
-
-
-@dataclass
-class ConvertResult:
-    """What was written."""
-
-    output_bytes: int = 0
-    owners: list[OwnerReport] = field(default_factory=list)
-    dense: dict[str, str] = field(default_factory=dict)
-    """Linear layers that stayed dense -> why."""
-    kept: float = 1.0
-    """Stored over dense parameters of the layers that could be factored; of the last level, where there are
-    levels."""
-    levels: tuple[LevelResult, ...] = ()
-    calibration_tokens: int = 0
-    calibration_sha256: str | None = None
-    """Of the text; None where it is not known."""
-    not_compensated: str = ""
-    """Why errors could not be compensated across layers, where that was asked for."""
-    shrinkage: float = 0.0
-    """The most that any second moments were moved towards their diagonal, in [0, 1]."""
-    damped: dict[str, float] = field(default_factory=dict)
-    """Tensors whose H needed more damping than usual -> how much of its mean diagonal."""
-
+# Those that are soon made again; the unfinished statistics are empty until there are more states.
+_CHEAP = (BASE, KEPT_PLAN, UNFINISHED, FIRST_STATES)
 
 Measured = dict[tuple[GGMLQuantizationType, Method, Rounding], Groups]
 """What the layers' alternatives lose, by what was asked; all from the same statistics."""
 
 
-def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = None) -> ConvertResult:
+def convert(
+    options: ConvertOptions, phase: Phase, measured: Measured | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> ConvertResult:
     """Convert, and write `options.output` and its card whole or not at all.
 
-    `measured` is read and added to: another ratio from the same statistics then need not measure the
-    layers again. Raises UnreachableError where the type's grid of ranks does not reach the ratio, and
+    What is finished is kept in a job directory beside the output until the end: where the process was
+    killed, or the disk was full, the same call goes on from there. `measured` is read and added to: another
+    ratio from the same statistics then need not measure the layers again. `say` hears what an earlier run
+    had finished. Raises UnreachableError where the type's grid of ranks does not reach the ratio, and
     UserError for other bad input; see each stage.
     """
     torch.manual_seed(options.seed or 0)
@@ -151,19 +79,37 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
         raise UserError("--allocation flrc weighs projections by gradients of the calibration text; "
                         "leave out --no-grad, and choose a --method other than svd.")
     if not options.gradients:
-        # gradients that kept statistics may hold are not looked at either
-        one_sided = replace(options.method, two_sided=False, allocation="uniform")
-        options = replace(options, method=one_sided)
-    with (
-        atomic_outputs([options.output] if options.card is None else [options.card, options.output],
-                       options.force) as (*cards, partial),
-        tempfile.TemporaryDirectory(prefix=f".{partial.name}", dir=partial.absolute().parent) as scratch,
-    ):
+        options = options.one_sided()
+    if options.executor != "local" and options.device != "cpu":
+        raise UserError(f"--executor {options.executor} computes on the CPUs of its machines; leave out "
+                        "--device.")
+    if options.max_memory is not None and (options.device_map or options.executor != "local"):
+        raise UserError("--max-memory streams the model block by block, in one process; leave out "
+                        "--device-map and --executor.")
+    executor = open_executor(options.executor)
+    check_output(options.output, force=True)
+    with phase("Reading the model", 1) as advance:
+        digest = source_digest(options)
+        settings = job_settings(options, digest)
+        advance(1)
+    with (open_job(options.output, settings, options.restart, adopted=[THREADS], cheap=_CHEAP) as job,
+          _threads_of(job, say).used()):
+        outs = [options.output] if options.card is None else [options.card, options.output]
+        for out in outs:
+            check_output(out, options.force or job.is_placing)
         result = ConvertResult()
+        if options.max_memory is not None:
+            phase = giving_back(phase)
         model = _load_early(options, phase)
-        reader = open_base(options.base, options.source, Path(scratch), options.types.linear, options.tree,
-                           phase, options.source_name)
-        statistics = _statistics(options, reader, Path(scratch), phase, model)
+        if options.max_memory is not None and options.base is None:
+            check_memory_of_base(options.max_memory, options.source)
+        reader = open_base(options.base, options.source, job, options.types.linear, options.tree, phase,
+                           options.source_name, options.allow_pickle)
+        memory = None
+        if options.max_memory is not None:
+            memory = kept_plan(job, _plan_memory, options.max_memory, options, reader, model)
+            options = options.within(memory, say)
+        statistics = _statistics(options, reader, job, digest, phase, model, say, memory)
         if statistics is not None:
             layers = statistics.layers
             result.calibration_tokens = statistics.provenance.tokens
@@ -175,8 +121,9 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
             layers = LayerMap(str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE)), [], {})
         weights = Weights.of(reader, layers.groups, options.device)
         compressor = Compressor(weights, statistics, options.method, options.types, options.rounding,
-                                layers.groups)
-        plan = Plan([], {}) if options.dense else _plan(options, reader, layers, compressor, phase, measured)
+                                layers.groups, job=job, executor=executor)
+        plan = Plan([], {}) if options.dense else _kept_plan(
+            options, reader, layers, compressor, phase, measured)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         last = max(0, len(options.levels) - 1)
         result.kept = _kept(layers, plan, last)
@@ -188,18 +135,36 @@ def convert(options: ConvertOptions, phase: Phase, measured: Measured | None = N
         if statistics is not None and options.method.compensate and options.compensate:
             result.not_compensated = "no --calibration was given"
         if options.compensated and layers.groups:
-            compressor.compensation, result.not_compensated = _compensation(
-                options, layers, weights.block(layers.groups[0][0].index), model, phase,
-                len(compressor.level_weights))
-        _write(options, reader, layers, plan, compressor, partial, phase)
+            result.not_compensated = _compensate(options, layers, compressor, model, phase, memory)
+        finished = sum(has_stored(job, block) for block in compressor.blocks)
+        if finished:
+            say(f"Resuming: {finished} of {len(compressor.blocks)} blocks are done.")
+        with job.artifact(_OUTPUT) as partial:
+            _write(options, reader, layers, plan, compressor, partial, phase)
+        partial = job.path(_OUTPUT)
         result.owners, result.damped = compressor.reports, compressor.damped
         result.output_bytes = partial.stat().st_size
         if options.budget is not None and result.output_bytes > options.budget:
-            raise UserError(f"The file needs {result.output_bytes:,} bytes, more than its budget of "
-                            f"{options.budget:,}; raise it a little.")
-        for card in cards:
-            card.write_text(_card(options, partial, result), "utf-8")
+            raise UnreachableError(f"The file needs {result.output_bytes:,} bytes, more than its budget of "
+                                   f"{options.budget:,}; raise it a little.")
+        if options.card is not None:
+            with job.artifact(_CARD) as card:
+                card.write_text(_card(options, partial, result), "utf-8")
+        job.place([_OUTPUT] if options.card is None else [_CARD, _OUTPUT], outs)
     return result
+
+
+def _threads_of(job: Job, say: Callable[[str], None]) -> Threads:
+    """As many as the job was begun with: its blocks would not be the same with others."""
+    try:
+        threads = Threads.told(job.settings[THREADS])
+    except (KeyError, TypeError, ValueError):
+        raise job.damaged_settings() from None
+    here = Threads.here()
+    if threads != here:
+        say(f"Resuming with {threads} instead of {here}: it was begun so, and with others the file would not "
+            "be the same to the byte.")
+    return threads
 
 
 def _card(options: ConvertOptions, file: Path, result: ConvertResult) -> str:
@@ -219,39 +184,73 @@ def _load_early(options: ConvertOptions, phase: Phase) -> SourceModel | None:
         return None
     if not options.dense:
         require_calibration(options.method, options.calibration)
-    return load_model(options.source, options.device, phase)
+    return load_model(options.source, options.calibration_device, phase, options.allow_pickle,
+                      options.max_memory is not None)
+
+
+def _plan_memory(
+    limit: int, options: ConvertOptions, reader: GGUFReader, model: SourceModel | None
+) -> MemoryPlan:
+    taken = (options.calibrated and options.method.whiten
+             and not (options.stats is not None and options.stats.exists()))
+    return plan_memory(limit, dimensions(reader, model is not None and model.is_encoder), Wanted(
+        taken, taken and options.takes_gradients, options.compensated,
+        max(1, len(options.levels)), options.seq_len or DEFAULT_SEQ_LEN))
 
 
 def _statistics(
-    options: ConvertOptions, reader: GGUFReader, scratch: Path, phase: Phase, model: SourceModel | None
+    options: ConvertOptions, reader: GGUFReader, job: Job, digest: str, phase: Phase,
+    model: SourceModel | None, say: Callable[[str], None], memory: MemoryPlan | None,
 ) -> Statistics | None:
     if not options.calibrated or not options.method.whiten:
         return None
-    # statistics that are kept should serve the next conversion, whatever its method
-    kept = options.stats is not None and not options.stats.exists()
-    gradients = options.gradients and (kept or (options.two_sided and not options.dense))
-    calibration = CalibrationOptions(options.calibration, options.calib_tokens, options.seq_len, gradients,
-                                     options.device, options.seed)
-    path = options.stats or scratch / "statistics.safetensors"
-    return obtain_statistics(options.source, reader, options.tree, calibration, path, phase, model)
+    calibration = CalibrationOptions(options.calibration, options.calib_tokens, options.seq_len,
+                                     options.takes_gradients, options.calibration_device, options.seed,
+                                     options.allow_pickle, memory)
+    path = options.stats or job.path("statistics.safetensors")
+    return obtain_statistics(options.source, reader, options.tree, calibration, path, phase, model, job,
+                             digest, say)
 
 
-def _compensation(
-    options: ConvertOptions, layers: LayerMap, weights: dict[str, torch.Tensor],
-    model: SourceModel | None, phase: Phase, levels: int,
-) -> tuple[list[Compensation], str]:
-    """The flows of every level, or why there are none."""
+def _compensate(
+    options: ConvertOptions, layers: LayerMap, compressor: Compressor, model: SourceModel | None,
+    phase: Phase, memory: MemoryPlan | None,
+) -> str:
+    """Give the compressor the flows of every level, or say why there are none."""
     assert options.calibration is not None and model is not None
+    start = compressor.first_open
+    if start is None or start == compressor.blocks[0]:
+        start = 0
     flows: list[Compensation] = []
+    levels = len(compressor.level_weights)
     with phase("Reading the text", levels) as advance:
-        calibration = load_calibration(options.calibration, model, options.calib_tokens, options.seq_len)
-        for _ in range(levels):
-            found = open_compensation(model, layers, calibration, weights)
+        calibration = load_calibration(options.calibration, model, options.calib_tokens, options.seq_len,
+                                       BATCH_TOKENS if memory is None else memory.batch_tokens)
+        weights = compressor.weights.block(layers.groups[0][0].index)
+        for level in range(levels):
+            found = open_compensation(model, layers, calibration, weights, compressor.job, f"level-{level}",
+                                      start, math.inf if memory is None else memory.spilled_from)
             if isinstance(found, str):
-                return [], found
+                return found
             flows.append(found)
             advance(1)
-    return flows, ""
+    compressor.compensation = flows
+    return ""
+
+
+def _kept_plan(
+    options: ConvertOptions, reader: GGUFReader, layers: LayerMap, compressor: Compressor, phase: Phase,
+    measured: Measured | None,
+) -> Plan:
+    """The plan, or that of an earlier run of the job."""
+    job = compressor.job
+    assert job is not None
+    if job.has(_PLAN):
+        with job.reading(_PLAN):
+            return plan_from_json(job.read_json(_PLAN))
+    plan = _plan(options, reader, layers, compressor, phase, measured)
+    job.write_json(_PLAN, plan_to_json(plan))
+    return plan
 
 
 def _plan(
@@ -273,11 +272,13 @@ def _plan(
         if groups is None:
             with phase("Measuring layers", len(layers.groups)) as advance:
                 groups = measure_groups(layers, compressor.weights.block, compressor.entries, type_, metric,
-                                        options.rounding, lambda: advance(1))
+                                        options.rounding, lambda: advance(1), compressor.job,
+                                        compressor.executor)
             known[type_, metric, options.rounding] = groups
         if options.levels:
             plan = make_level_plan(groups, method, options.levels, options.level_overhead,
-                                   _fixed_bytes(options, reader, layers), type_, grid)
+                                   _fixed_tensors(options, reader, layers)
+                                   + base_metadata_bytes(reader, layers), type_, grid)
         else:
             plan = make_plan(groups, method, allocation, _budget(options, reader, layers), type_, grid)
     if not plan.owners and by_ratio:
@@ -299,11 +300,14 @@ def _budget(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> Bu
 
 
 def _fixed_bytes(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> int:
-    """Of the file: all but the linear layers that can be factored."""
+    """Of the file: all but the linear layers that can be factored, at most."""
+    return _fixed_tensors(options, reader, layers) + metadata_bytes(reader, layers)
+
+
+def _fixed_tensors(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> int:
     factored = {layer.tensor for group in layers.groups for layer in group}
     slots = make_layout(reader, [], options.types).slots()
-    fixed = sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
-    return fixed + metadata_bytes(reader, layers)
+    return sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
 
 
 def _kept(layers: LayerMap, plan: Plan, level: int) -> float:
@@ -326,45 +330,12 @@ def _write(
         # what was asked; what came out where bytes were asked for
         by_ratio = options.budget is None and options.bpw is None
         ratio = options.ratio if by_ratio else _kept(layers, plan, 0)
-        metadata = _metadata(options, layers, compressor.statistics, ratio, plan.level_losses)
+        keys = metadata(options, layers, compressor.statistics, ratio, plan.level_losses)
     else:
         architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))
-        metadata = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
+        keys = {fmt.KEY_ARCHITECTURE: (architecture, GGUFValueType.STRING)}
         if compressor.statistics is not None:
-            metadata |= _calibration_keys(compressor.statistics)
+            keys |= calibration_keys(compressor.statistics)
     total = sum(slot.nbytes for slot in layout.slots())
     with phase("Factoring" if plan.owners else "Writing", total) as advance:
-        write_file(partial, reader, layout, metadata, compressor.compress(layout), advance=advance)
-
-
-def _metadata(
-    options: ConvertOptions, layers: LayerMap, statistics: Statistics | None, ratio: float,
-    level_losses: Sequence[float],
-) -> dict[str, tuple[Any, GGUFValueType]]:
-    known = statistics.provenance if statistics else None
-    levels: dict[str, tuple[Any, GGUFValueType]] = {} if not options.levels else {
-        fmt.KEY_LEVELS: (list(options.levels), GGUFValueType.FLOAT32),
-        fmt.KEY_LEVELS_LOSS: (list(level_losses), GGUFValueType.FLOAT32),
-    }
-    version, runtime = (
-        (fmt.LEVELS_FORMAT_VERSION, fmt.LEVELS_RUNTIME_MIN) if levels else
-        (fmt.FORMAT_VERSION, fmt.RUNTIME_MIN))
-    return {
-        **_calibration_keys(statistics),
-        fmt.KEY_ARCHITECTURE: (fmt.ARCHITECTURE_PREFIX + layers.architecture, GGUFValueType.STRING),
-        fmt.KEY_FORMAT_VERSION: (version, GGUFValueType.UINT32),
-        fmt.KEY_RUNTIME_MIN: (runtime, GGUFValueType.STRING),
-        fmt.KEY_RATIO: (ratio, GGUFValueType.FLOAT32),
-        fmt.KEY_METHOD: (options.method.name, GGUFValueType.STRING),
-        fmt.KEY_SOURCE_NAME: (options.source_name or options.source.resolve().name, GGUFValueType.STRING),
-        fmt.KEY_SEED: ((known and known.seed) or options.seed or 0, GGUFValueType.UINT32),
-        **levels,
-    }
-
-
-def _calibration_keys(statistics: Statistics | None) -> dict[str, tuple[Any, GGUFValueType]]:
-    known = statistics.provenance if statistics else None
-    return {
-        fmt.KEY_CALIBRATION_SHA256: (known.text_sha256 or "" if known else "", GGUFValueType.STRING),
-        fmt.KEY_CALIBRATION_TOKENS: (known.tokens if known else 0, GGUFValueType.UINT32),
-    }
+        write_file(partial, reader, layout, keys, compressor.compress(layout), advance=advance)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from skipcat_edge import format as fmt
 from skipcat_edge.ranks import uniform_rank
@@ -64,6 +65,21 @@ class Plan:
     """The same of each level, where there are levels."""
     dense_from: dict[str, int] = field(default_factory=dict)
     """Layers that are factored at lower levels only -> the first level that uses them dense."""
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """In JSON's types; floats keep all their digits there."""
+    return asdict(plan)
+
+
+def plan_from_json(told: dict[str, Any]) -> Plan:
+    """The plan that `plan_to_json` told."""
+    owners = [
+        PlannedOwner(tuple(Layer(**layer) for layer in owner["members"]), owner["rank"], owner["skip"],
+                     owner["levels"] and tuple(owner["levels"]))
+        for owner in told["owners"]
+    ]
+    return Plan(**{**told, "owners": owners, "level_losses": tuple(told["level_losses"])})
 
 
 def plan_uniform(

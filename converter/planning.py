@@ -16,14 +16,17 @@ from skipcat_edge.errors import UnreachableError
 
 from .allocation import BudgetError, Cost, Groups, allocate, least_cost
 from .candidates import Candidate, Form, alternatives, measure, problem
+from .collector import BlockStatistics, in_memory
+from .executor import Executor, LocalExecutor
 from .factorize import Method
+from .job import Job
+from .job_blocks import BlockCandidates, has_measured, measured
 from .layers import Layer, LayerMap
 from .level_allocation import LevelBudgets, allocate_levels
 from .named_allocations import RULES, allocate_by_rule
 from .plan import Plan, PlannedOwner
 from .quantized import Rounding
-from .statistics import BlockStatistics
-from .writer import factor_slots
+from .writer import TENSOR_INFO, factor_slots
 
 ALLOCATIONS = ("loss", *RULES)
 CAUTION = 30.0
@@ -54,26 +57,62 @@ def measure_groups(
     method: Method,
     rounding: Rounding,
     advance: Callable[[], None] = lambda: None,
+    job: Job | None = None,
+    executor: Executor | None = None,
 ) -> Groups:
     """Every group's alternatives with their predicted losses, block by block.
 
-    `weights` and `statistics` give those of one block. `advance` is called after each group. The
-    result serves any budget.
+    `weights` and `statistics` give those of one block. `advance` is called after each group. `job`: where
+    finished blocks are kept and found. `executor`: where blocks are measured; None: here. The result serves
+    any budget.
     """
-    groups: list[list[list[Candidate]]] = []
-    for block in sorted({group[0].index for group in layers.groups}):
-        W, entries = weights(block), statistics(block)
-        for group in (group for group in layers.groups if group[0].index == block):
-            unit = _unit(group, W, entries, method)
-            groups.append([
-                [
-                    measure(problem(members, W, entries, method), members, type_, method, rounding, unit)
-                    for members in alternative
-                ]
-                for alternative in alternatives(group, method.share)
-            ])
+    own: dict[int, list[tuple[Layer, ...]]] = {}
+    for group in sorted(layers.groups, key=lambda group: group[0].index):
+        own.setdefault(group[0].index, []).append(group)
+
+    def taken(block: int) -> BlockStatistics:
+        return statistics(block) if executor is None else in_memory(statistics(block))
+
+    tasks = (
+        _BlockTask(own[block], weights(block), taken(block), type_, method, rounding)
+        for block in [block for block in own if not has_measured(job, block)]
+    )
+    results = (executor or LocalExecutor()).map(_measure_block, tasks)
+    groups: BlockCandidates = []
+    for block in own:
+        groups += measured(job, block, lambda: next(results))
+        for _ in own[block]:
             advance()
     return groups
+
+
+@dataclass(frozen=True)
+class _BlockTask:
+    groups: list[tuple[Layer, ...]]
+    weights: Mapping[str, torch.Tensor]
+    statistics: BlockStatistics
+    type: GGMLQuantizationType
+    method: Method
+    rounding: Rounding
+
+
+def _measure_block(task: _BlockTask) -> BlockCandidates:
+    return [_measure_group(group, task.weights, task.statistics, task.type, task.method, task.rounding)
+            for group in task.groups]
+
+
+def _measure_group(
+    group: tuple[Layer, ...], W: Mapping[str, torch.Tensor], entries: BlockStatistics,
+    type_: GGMLQuantizationType, method: Method, rounding: Rounding,
+) -> list[list[Candidate]]:
+    unit = _unit(group, W, entries, method)
+    return [
+        [
+            measure(problem(members, W, entries, method), members, type_, method, rounding, unit)
+            for members in alternative
+        ]
+        for alternative in alternatives(group, method.share)
+    ]
 
 
 def _unit(
@@ -127,9 +166,9 @@ def make_level_plan(
     per_byte = total / cost_of_all(layers, _bytes_cost(type_))
     try:
         alone = allocate(groups, reads[-1], cost, grid, method.skip, CAUTION)
-        limit = (1 + spare) * (fixed_bytes + _stored_bytes(alone, groups, type_))
+        limit = (1 + spare) * (fixed_bytes + _stored_bytes(alone, groups, type_)) - _LEVEL_KEYS
         # the names and the padding of about twice as many tensors
-        stored = (limit - fixed_bytes - 2 * _TENSOR_INFO * 3 * len(alone.owners)) * per_byte
+        stored = (limit - fixed_bytes - 2 * TENSOR_INFO * 3 * len(alone.owners)) * per_byte
         for _ in range(_TRIES):
             plan = allocate_levels(groups, LevelBudgets(reads, max(stored, reads[-1])), cost, grid,
                                    method.skip, CAUTION)
@@ -231,11 +270,9 @@ def _least(budget: Budget, least: float, layers: Sequence[Layer]) -> str:
 
 _BISECTIONS = 60
 
-# A file with levels is planned again where it came out larger than it may be.
-_TRIES = 3
-
-# About what a tensor's name, shape, type and offset take.
-_TENSOR_INFO = 80
+# A file with levels is planned again where it came out larger than it may be; its keys and longer names take
+# so many bytes at most.
+_TRIES, _LEVEL_KEYS = 8, 1024
 
 # GGUF's default; a file's tensors begin at its multiples.
 _ALIGNMENT = 32
@@ -257,7 +294,7 @@ def _stored_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> fl
     again = [layer for layer in _layers(groups) if layer.tensor in plan.dense_from]
     tensors = sum(len(factor_slots(owner, type_)) for owner in plan.owners) + len(again) + len(plan.dense)
     return (plan_bytes(plan, groups, type_) + cost_of_all(again, _bytes_cost(type_))
-            + _TENSOR_INFO * tensors)
+            + TENSOR_INFO * tensors)
 
 
 def plan_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> int:

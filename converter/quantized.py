@@ -96,12 +96,13 @@ def quantize_factors(
     outputs: tuple[int, ...],
     type_: GGMLQuantizationType,
     rounding: Rounding,
+    L: torch.Tensor | None = None,
 ) -> QuantizedFactors:
     """Quantise T: [r, n - r] and B: [m, r], whose rows are stacked members of `outputs` rows each.
 
     In this order: T with feedback against H_RR, B fitted again to what was stored, B with feedback
     against A H A^T. W: [m, n] is what the factors stand for, H: [n, n] its input's second moments
-    (None: no calibration, plain rounding).
+    (None: no calibration, plain rounding), L: its whitening, if it is known.
     """
     n = W.shape[1]
     skip = rest = None
@@ -111,12 +112,12 @@ def quantize_factors(
         rest = torch.from_numpy(np.flatnonzero(~skip)).to(factors.T.device)
     H_T = H if H is None or rest is None else H[rest][:, rest]
     T = quantize_matrix(factors.T, H_T, type_, rounding)
-    B, H_z = factors.B, None
+    del H_T
+    H_z = None
     if H is not None:
         A = multiplied_out(T.dequantized().to(H), factors.skip, n)
         H_z = A @ H @ A.T
-        if rounding.refit:
-            B = refit(W.to(H), A, whiten(H).L)
+    B = factors.B if H is None or not rounding.refit else refit(W.to(H), A, whiten(H).L if L is None else L)
     parts = torch.split(B, list(outputs))
     return QuantizedFactors(
         T, skip, tuple(quantize_matrix(part, H_z, type_, rounding) for part in parts))

@@ -17,6 +17,7 @@ from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.library import quantize
 
 from .block_types import BLOCK_TYPES, BlockType
+from .symmetric import cholesky_, inverse_of_cholesky_, with_diagonal
 
 # Of H's mean diagonal: directions that the calibration text hardly shows are kept near W.
 DAMPING = 1e-2
@@ -54,11 +55,14 @@ def round_with_feedback(
     n must be a multiple of the type's block. Raises KeyError for types without `supports_feedback`.
     """
     block_type = BLOCK_TYPES[type_]
-    H = _damped(H)
+    added = _damping(H)
+    U, importance = _inverse_factor(H, added)
     Wt = W.float().T.contiguous()
     data = np.zeros((W.shape[0], W.shape[1] // block_type.block * block_type.block_bytes), dtype=np.uint8)
-    rounded = _feed_back(Wt, H, block_type, data)
+    rounded = _feed_back(Wt, U, importance, block_type, data)
+    del U
     H32 = H.float()
+    H32.diagonal().copy_(H.double().diagonal() + added)
     for _ in range(sweeps):
         _sweep(Wt, H32, block_type, rounded)
     codes = rounded.codes.T.cpu().numpy().astype(np.int16)
@@ -68,32 +72,29 @@ def round_with_feedback(
     return block_type.with_codes(data, codes)
 
 
-def _damped(H: torch.Tensor) -> torch.Tensor:
-    """H, float64, with a diagonal that makes it invertible; the identity where H is zero."""
-    H = H.double()
+def _damping(H: torch.Tensor) -> float:
+    """What is added to H's diagonal to make it invertible."""
     if not bool(torch.isfinite(H).all()):
         raise UserError("The second moments of a layer's input are not finite numbers; calibrate again.")
-    mean = float(H.diagonal().mean())
-    eye = torch.eye(len(H), dtype=torch.float64, device=H.device)
-    return H + DAMPING * mean * eye if mean > 0 else eye
+    mean = float(H.double().diagonal().mean())
+    return DAMPING * mean if mean > 0 else 1.0
 
 
-def _inverse_factor(H: torch.Tensor) -> torch.Tensor:
-    """Upper U with U^T U = H^-1. Raises UserError where H, damped already, is no second moments."""
-    L, info = torch.linalg.cholesky_ex(H)
-    if not int(info):
-        U: torch.Tensor
-        U, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-        if not int(info):
-            return U
-    raise UserError("The second moments of a layer's input are not those of any numbers; calibrate again.")
+def _inverse_factor(H: torch.Tensor, added: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper U with U^T U = (H + added I)^-1, and 1 / U_jj^2, in float32. Raises UserError where H, damped
+    already, is no second moments."""
+    L = cholesky_(with_diagonal(H.double(), added))
+    U = None if L is None else cholesky_(inverse_of_cholesky_(L), upper=True)
+    if U is None:
+        raise UserError("The second moments of a layer's input are not those of any numbers; "
+                        "calibrate again.")
+    return U.float(), (1 / U.diagonal().square()).float()
 
 
-def _feed_back(Wt: torch.Tensor, H: torch.Tensor, block_type: BlockType, data: np.ndarray) -> _Rounded:
+def _feed_back(
+    Wt: torch.Tensor, U: torch.Tensor, weight: torch.Tensor, block_type: BlockType, data: np.ndarray
+) -> _Rounded:
     n, m = Wt.shape
-    U = _inverse_factor(H)
-    weight = (1 / U.diagonal().square()).float()
-    U = U.float()
     left = Wt.clone()
     parts = n // block_type.sub
     rounded = _Rounded(torch.empty_like(Wt), torch.empty_like(Wt),

@@ -60,6 +60,7 @@ def choose_skip_set(A: torch.Tensor, bound: float = DEFAULT_BOUND) -> SkipSet:
         _exchange(T, row, column)
         order[[row, r + column]] = order[[r + column, row]]
     skip, rest = order[:r].sort().values, order[r:].sort().values
+    del T
     # Solved afresh: the exchanges' rounding errors end here.
     return SkipSet(skip, rest, torch.linalg.solve(Q[:, skip], Q[:, rest]))
 

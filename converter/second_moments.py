@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .sums import HalfSums, slices
+
 # Where sequences are not known, the two halves of a sample take turns in runs of this many rows.
 _RUN = 64
 
@@ -25,7 +27,7 @@ class SecondMoment:
     """Accumulates E[v v^T] of row vectors in two halves, whose difference shows the noise."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+        self.sums = HalfSums(n, device)
         self._counts = [0, 0]
 
     @property
@@ -42,16 +44,16 @@ class SecondMoment:
             half = (torch.arange(self.tokens, self.tokens + len(rows), device=rows.device) // _RUN) % 2
         for index in range(2):
             part = rows[half == index].float()
-            self._sums[index] += part.T @ part
+            self.sums.add(index, part.T @ part)
             self._counts[index] += len(part)
 
     def mean(self) -> torch.Tensor:
         """E[v v^T]: [n, n], as seen."""
-        return self._sums.sum(0) / max(1, self.tokens)
+        return self.sums.both(max(1, self.tokens))
 
     def half_mean(self, index: int) -> torch.Tensor:
         """E[v v^T] over one half: [n, n]."""
-        return self._sums[index] / max(1, self._counts[index])
+        return self.sums.half(index, max(1, self._counts[index]))
 
     def count(self, index: int) -> int:
         """Rows of one half."""
@@ -65,19 +67,33 @@ class SecondMoment:
         measured: half the sample is compared with the other half, so correlated tokens count for
         what they are worth.
         """
-        tokens = max(1, self.tokens)
         S = self.mean()
-        goal = torch.diag(S.diagonal()) if target is None else target
-        distance = float((S - goal).square().sum())
+        distance = noise = 0.0
+        # by rows: large matrices should not be in memory more often than they must
+        for rows in slices(len(S)):
+            goal = _target_rows(S, target, rows)
+            distance += float((S[rows] - goal).square_().sum())
+            if 0 not in self._counts:
+                first, second = (self.sums.rows(half, rows) / self._counts[half] for half in range(2))
+                difference = first - second
+                if target is None:
+                    # S and its own diagonal agree there, noise or not
+                    difference.diagonal(rows.start).zero_()
+                noise += float(difference.square_().sum())
         if distance == 0:
             return Shrunk(S, 0.0, self.tokens)
-        if 0 in self._counts:
-            return Shrunk(goal, 1.0, self.tokens)
-        first, second = (self._sums[index] / self._counts[index] for index in range(2))
-        difference = first - second
-        if target is None:
-            # S and its own diagonal agree there, noise or not
-            difference.fill_diagonal_(0)
-        noise = float(difference.square().sum()) * self._counts[0] * self._counts[1] / tokens**2
-        amount = min(1.0, noise / distance)
-        return Shrunk((1 - amount) * S + amount * goal, amount, self.tokens)
+        amount = 1.0
+        if 0 not in self._counts:
+            amount = min(1.0, noise * self._counts[0] * self._counts[1] / self.tokens**2 / distance)
+        for rows in slices(len(S)):
+            S[rows] += amount * (_target_rows(S, target, rows) - S[rows])
+        return Shrunk(S, amount, self.tokens)
+
+
+def _target_rows(S: torch.Tensor, target: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    """Of `target`, or of S's own diagonal."""
+    if target is not None:
+        return target[rows]
+    own = torch.zeros_like(S[rows])
+    own.diagonal(rows.start).copy_(S.diagonal()[rows])
+    return own

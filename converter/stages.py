@@ -33,27 +33,31 @@ class FittedStage:
     largest_t: float
     taken_w: torch.Tensor
     """Of W: [m, n], what the runtime computes with."""
-    taken_c: torch.Tensor
-    """Of C: [k, n]."""
+    taken_c: torch.Tensor | None
+    """Of C: [k, n]; None where no stage comes after."""
 
 
 def fit_stage(
     owner: PlannedOwner, whole: Problem, below: Sequence[FittedStage], type_: GGMLQuantizationType,
-    rounding: Rounding,
+    rounding: Rounding, last: bool,
 ) -> FittedStage:
     """The factors of `owner`, to be added to those of `below`, for the layers that `whole` describes.
+    `last`: nothing will be added to these.
 
     Raises ValueError or RuntimeError where there are none.
     """
     left = whole
     for stage in below:
+        assert stage.taken_c is not None
         left = replace(left, W=left.W - stage.taken_w.to(left.W), C=left.C - stage.taken_c)
     factors = factorize(left.W, left.decomposition(), owner.rank, owner.skip)
-    quantized = quantize_factors(factors, left.W, left.H, owner.outputs, type_, rounding)
+    quantized = quantize_factors(factors, left.W, left.H, owner.outputs, type_, rounding, left.L)
     taken_w = torch.cat(quantized.multiplied_out())
-    A = quantized.projection().to(left.C)
-    # rows of C and W are fitted alike, so that C's share needs no square root of G
-    taken_c = taken_w.to(left.C) if left.C is left.W else refit(left.C, A, left.L) @ A
+    taken_c = None
+    if not last:
+        A = quantized.projection().to(left.C)
+        # rows of C and W are fitted alike, so that C's share needs no square root of G
+        taken_c = taken_w.to(left.C) if left.C is left.W else refit(left.C, A, left.L) @ A
     error = factors.error
     if below:
         total = whole.total()

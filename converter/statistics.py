@@ -9,8 +9,7 @@ matrices and activations are in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -18,52 +17,14 @@ import torch
 from skipcat_edge.errors import UserError
 
 from .block_chain import BlockChain, Recorded, find_chain, run_body, run_whole
-from .calibration import Batch, CalibrationSet, half_of_rows
-from .layers import Layer, LayerMap, linear_weight
+from .calibration import Batch, CalibrationSet
+from .collector import BlockStatistics, Collector
+from .job import Job
+from .layers import Layer, LayerMap
 from .losses import loss_of
-from .second_moments import SecondMoment
+from .memory import HEAD_TOKENS, MemoryPlan
 from .source_model import SourceModel
-
-# A forward pass with the head holds this many rows of logits, and their gradients, at a time.
-_HEAD_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """H = E[x x^T] of one input: [n, n], float64, symmetric."""
-
-    H: torch.Tensor
-    tokens: int
-    shrinkage: float
-    """How far H was moved towards its diagonal, in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class OutputStatistics:
-    """What G says about a layer W: [m, n], in the only form that the factors need.
-
-    The outputs' order in the file may differ from the module's (llama.cpp's converter permutes
-    some), and W^T G W does not depend on it.
-    """
-
-    C: torch.Tensor
-    """[min(m, n), n], with C^T C = W^T G W."""
-    mean_weight: float
-    """Mean of G's diagonal."""
-    shrinkage: float
-    """How far G was moved towards its diagonal, in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Both sides of one layer; `output` is None where no gradient was taken."""
-
-    input: InputStatistics
-    output: OutputStatistics | None
-
-
-BlockStatistics = dict[str, LayerStatistics]
-"""By tensor name; layers that read the same input share one InputStatistics."""
+from .states import States, open_states, states_artifact
 
 
 def block_statistics(
@@ -73,11 +34,18 @@ def block_statistics(
     advance: Callable[[], None] = lambda: None,
     gradients: bool = True,
     seed: int = 0,
+    job: Job | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    memory: MemoryPlan | None = None,
 ) -> Iterator[tuple[int, BlockStatistics]]:
-    """Yield (block index, its statistics) for every block with layers to factor, the last one first.
+    """Yield (block index, statistics of some of its layers) for all layers to factor, the last block first.
+    What reads the same input comes together.
 
-    `advance` is called after each batch of each block, on the way forwards and on the way back.
-    Raises UserError, naming the layer, where an activation or a gradient is not finite.
+    `advance` is called after each batch of each block, on the way forwards and on the way back. With a
+    `job`, hidden states and gradients are kept in it, a block counts as done when the next one is asked
+    for, and what an earlier run did is told and not done again. `memory` says how many matrices may be there
+    at once; where a block has more, it is run again for the others. Raises UserError, naming the layer,
+    where an activation or a gradient is not finite.
     """
     by_block: dict[int, list[Layer]] = {}
     for group in layers.groups:
@@ -90,57 +58,107 @@ def block_statistics(
     if chain is None:
         yield from _all_at_once(model, by_block, calibration, advance, gradients, generator)
         return
-    recorded = [chain.record(batch) for batch in calibration.batches]
+    head_tokens = HEAD_TOKENS if memory is None else memory.head_tokens
+    states, recorded = open_states(chain, calibration.batches, job, _hidden(0))
     last = len(chain.blocks) if gradients else max(by_block) + 1
-    states = [[item.hidden] for item in recorded]
-    with torch.no_grad():
-        for index in range(last):
-            for batch, batch_states, item in zip(calibration.batches, states, recorded, strict=True):
-                batch_states.append(chain.run(index, batch_states[-1], item))
-                if not bool(torch.isfinite(batch_states[-1]).all()):
-                    _blame(chain, index, by_block, batch, batch_states, item)
-                advance()
-    upstream: list[torch.Tensor | None] = [None] * len(recorded)
-    if gradients:
-        upstream = [
-            _head_gradient(chain, batch, batch_states[-1], generator)
-            for batch, batch_states in zip(calibration.batches, states, strict=True)
-        ]
-    for index in reversed(range(last)):
-        collector = _Collector(model.module, by_block.get(index, []), gradients)
-        with collector.hooked():
+    # blocks from here on have their statistics; None: not all have been run forwards
+    done = next((index for index in range(last + 1) if states.has(_gradient(index))), None)
+    if done is None:
+        first = max(index for index in range(last + 1) if states.has(_hidden(index)))
+        if first:
+            say(f"Resuming: the text has been through {first} of {last} blocks.")
+        _forward(chain, range(first, last), by_block, calibration, states, recorded, advance)
+        with states.writing(_gradient(last)) as put:
+            for number, batch in enumerate(calibration.batches if gradients else []):
+                hidden = states.read(_hidden(last), number)
+                put(_head_gradient(chain, batch, hidden, generator, head_tokens))
+        done = last
+    else:
+        first = last
+        if done < last:
+            say(f"Resuming: the statistics of {last - done} of {last} blocks are done.")
+    for _ in range((first + last - done) * len(recorded)):
+        advance()
+    for index in reversed(range(done)):
+        # its gradient is there, and so is it done, only after its statistics were taken
+        with states.writing(_gradient(index)) as put:
+            own = by_block.get(index, [])
+            parts = [own] if memory is None else memory.parts(own)
+            for part in parts:
+                collector = Collector(model, part, gradients)
+                with collector.hooked():
+                    for number, batch in enumerate(calibration.batches):
+                        collector.start(batch)
+                        hidden = states.read(_hidden(index), number).detach().requires_grad_(gradients)
+                        with torch.set_grad_enabled(gradients):
+                            output = chain.run(index, hidden, recorded[number])
+                        if gradients:
+                            upstream = states.read(_gradient(index + 1), number).to(output.device)
+                            gradient = torch.autograd.grad(output, hidden, upstream)[0]
+                            if part is parts[0]:
+                                put(gradient)
+                        if part is parts[0]:
+                            advance()
+                        del hidden, output
+                for statistics in collector.finish():
+                    yield index, statistics
+                    del statistics
+                del collector
+        states.drop(_hidden(index + 1))
+        states.drop(_gradient(index + 1))
+    states.drop(_hidden(0))
+
+
+def _hidden(index: int) -> str:
+    """What enters the block."""
+    return f"hidden-{index}"
+
+
+FIRST_STATES = states_artifact(_hidden(0))
+"""The artifact that is there before any block has been run."""
+
+
+def _gradient(index: int) -> str:
+    """Of the loss with respect to what enters the block."""
+    return f"gradient-{index}"
+
+
+def _forward(
+    chain: BlockChain, blocks: range, by_block: dict[int, list[Layer]], calibration: CalibrationSet,
+    states: States, recorded: list[Recorded], advance: Callable[[], None],
+) -> None:
+    for index in blocks:
+        with torch.no_grad(), states.writing(_hidden(index + 1)) as put:
             for number, batch in enumerate(calibration.batches):
-                states[number].pop()
-                collector.start(batch)
-                hidden = states[number][-1].detach().requires_grad_(gradients)
-                with torch.set_grad_enabled(gradients):
-                    output = chain.run(index, hidden, recorded[number])
-                if gradients:
-                    (upstream[number],) = torch.autograd.grad(output, hidden, upstream[number])
+                hidden = states.read(_hidden(index), number)
+                output = chain.run(index, hidden, recorded[number])
+                if not bool(torch.isfinite(output).all()):
+                    _blame(chain, index, by_block, batch, hidden, recorded[number])
+                put(output)
                 advance()
-        if index in by_block:
-            yield index, collector.finish()
 
 
 def _blame(
     chain: BlockChain, index: int, by_block: dict[int, list[Layer]], batch: Batch,
-    states: list[torch.Tensor], recorded: Recorded,
+    hidden: torch.Tensor, recorded: Recorded,
 ) -> NoReturn:
     """Raise UserError, naming the layer whose input is the first that is not finite."""
-    collector = _Collector(chain.model.module, by_block.get(index, []), gradients=False)
+    collector = Collector(chain.model, by_block.get(index, []), gradients=False)
     with collector.hooked():
         collector.start(batch)
-        chain.run(index, states[-2], recorded)
-    collector.finish()
+        chain.run(index, hidden, recorded)
+    for _ in collector.finish():
+        pass
     raise UserError(f"Block {index} of {chain.model.name} gives numbers that are not finite; "
                     "check the model's weights.")
 
 
 def _head_gradient(
-    chain: BlockChain, batch: Batch, hidden: torch.Tensor, generator: torch.Generator
+    chain: BlockChain, batch: Batch, hidden: torch.Tensor, generator: torch.Generator, tokens: int
 ) -> torch.Tensor:
-    """Gradient of the loss with respect to the last block's output: as `hidden`."""
-    rows = max(1, _HEAD_TOKENS // hidden.shape[1])
+    """Gradient of the loss with respect to the last block's output: as `hidden`. At most so many `tokens`,
+    or one sequence, go through the head at a time."""
+    rows = max(1, tokens // hidden.shape[1])
     parts = []
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
@@ -160,7 +178,10 @@ def _all_at_once(
     generator: torch.Generator,
 ) -> Iterator[tuple[int, BlockStatistics]]:
     """For models whose blocks are no plain chain: whole passes, the matrices of all blocks in memory."""
-    collectors = {index: _Collector(model.module, layers, gradients) for index, layers in by_block.items()}
+    if model.residency is not None:
+        raise UserError(f"The blocks of {model.name} are no plain chain, so that its weights cannot be "
+                        "streamed; leave out --max-memory.")
+    collectors = {index: Collector(model, layers, gradients) for index, layers in by_block.items()}
     n_blocks = max(collectors) + 1
 
     def as_leaf(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
@@ -178,158 +199,16 @@ def _all_at_once(
                 output = (run_whole if gradients else run_body)(model, batch)
                 if not bool(torch.isfinite(output[0]).all()):
                     for index in sorted(collectors):
-                        collectors[index].finish()
+                        for _ in collectors[index].finish():
+                            pass
                     raise UserError(f"{model.name} gives numbers that are not finite; check its weights.")
                 if gradients:
                     torch.autograd.backward(loss_of(model, batch, output, generator))
             for _ in range(2 * n_blocks):
                 advance()
     for index in sorted(collectors, reverse=True):
-        yield index, collectors.pop(index).finish()
-
-
-class _Collector:
-    """Accumulates H of the inputs of some layers, once per distinct input, and G of their outputs."""
-
-    def __init__(self, module: torch.nn.Module, layers: list[Layer], gradients: bool) -> None:
-        self._modules = {layer.tensor: module.get_submodule(layer.module) for layer in layers}
-        self._layers = {layer.tensor: layer for layer in layers}
-        self._inputs: list[_Input] = []
-        self._outputs: dict[str, _Output] = {}
-        if gradients:
-            for layer in layers:
-                W = linear_weight(self._modules[layer.tensor], layer)
-                if W is not None:
-                    self._outputs[layer.tensor] = _Output(W)
-        self._mask: torch.Tensor | None = None
-        self._half: torch.Tensor | None = None
-        self._sequences = 0
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for tensor, module in self._modules.items():
-                stack.callback(module.register_forward_pre_hook(self._input_hook(tensor)).remove)
-                if tensor in self._outputs:
-                    stack.callback(module.register_forward_hook(self._output_hook(tensor)).remove)
-            yield
-
-    def start(self, batch: Batch) -> None:
-        """Begin a batch: inputs of the one before are no longer the same input."""
-        self._mask = batch.mask
-        self._half = half_of_rows(batch, self._sequences)
-        self._sequences += len(batch.ids)
-        for total in self._inputs:
-            total.seen = None
-
-    def _input_hook(self, tensor: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-        def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            self._add_input(tensor, args[0].detach())
-
-        return hook
-
-    def _output_hook(self, tensor: str) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
-        def hook(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> None:
-            if output.requires_grad:
-                take = self._outputs[tensor].add
-                output.register_hook(lambda gradient: take(*self._real_rows(gradient)))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def _real_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: [..., n] as rows without those of padding, and the half that each belongs to."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if self._mask is None or self._half is None or len(rows) != self._mask.numel():
-            return rows, None
-        return rows[self._mask.reshape(-1).bool().to(rows.device)], self._half.to(rows.device)
-
-    def _add_input(self, tensor: str, x: torch.Tensor) -> None:
-        own = next((total for total in self._inputs if tensor in total.readers), None)
-        if own is None:
-            own = next((total for total in self._inputs if total.is_input(x)), None)
-            if own is None:
-                own = _Input(SecondMoment(x.shape[-1], x.device))
-                self._inputs.append(own)
-            own.readers.add(tensor)
-        if own.seen is None:
-            own.seen = x
-            own.moment.add(*self._real_rows(x))
-        elif not own.is_input(x):
-            raise UserError(
-                f"{self._layers[tensor].module} does not always read the same input as its group; "
-                "this model cannot be calibrated."
-            )
-
-    def finish(self) -> BlockStatistics:
-        statistics: BlockStatistics = {}
-        for total in self._inputs:
-            shrunk = total.moment.shrunk()
-            self._require_finite(shrunk.matrix, sorted(total.readers)[0], "An activation entering")
-            shared = InputStatistics(shrunk.matrix, shrunk.tokens, shrunk.amount)
-            for tensor in total.readers:
-                output = self._outputs.get(tensor)
-                found = None if output is None or not output.moment.tokens else output.finish()
-                if found is not None:
-                    self._require_finite(found.C, tensor, "A gradient reaching")
-                statistics[tensor] = LayerStatistics(shared, found)
-        missing = sorted(self._layers.keys() - statistics.keys())
-        if missing:
-            name = self._layers[missing[0]].module
-            raise UserError(f"{name} was not run by the calibration text; use another text.")
-        return statistics
-
-    def _require_finite(self, matrix: torch.Tensor, tensor: str, what: str) -> None:
-        if not bool(torch.isfinite(matrix).all()):
-            raise UserError(
-                f"{what} {self._layers[tensor].module} ({tensor}) is not a finite number; "
-                "check the model's weights and the calibration text."
-            )
-
-
-@dataclass
-class _Input:
-    moment: SecondMoment
-    readers: set[str] = field(default_factory=set)
-    seen: torch.Tensor | None = None
-    """This batch's input. Held, so that no other tensor gets its address."""
-
-    def is_input(self, x: torch.Tensor) -> bool:
-        return self.seen is not None and self.seen.data_ptr() == x.data_ptr() and self.seen.shape == x.shape
-
-
-class _Output:
-    """Accumulates G of one layer W: [m, n], or W^T G W where that is smaller."""
-
-    def __init__(self, W: torch.Tensor) -> None:
-        self.W = W
-        self.wide = W.shape[0] <= W.shape[1]
-        self.moment = SecondMoment(min(W.shape), W.device)
-        self._diagonal = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
-
-    def add(self, rows: torch.Tensor, half: torch.Tensor | None) -> None:
-        """Take gradients: [tokens, m] in; `half`: [tokens] as SecondMoment.add."""
-        self._diagonal += rows.square().sum(0)
-        self.moment.add(rows if self.wide else rows @ self.W, half)
-
-    def finish(self) -> OutputStatistics:
-        W = self.W.double()
-        diagonal = self._diagonal / self.moment.tokens
-        if self.wide:
-            G = self.moment.shrunk()
-            C = square_root(G.matrix) @ W
-        else:
-            G = self.moment.shrunk(target=(W.T * diagonal) @ W)
-            C = square_root(G.matrix)
-        return OutputStatistics(C, float(diagonal.mean()), G.amount)
-
-
-def square_root(S: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semidefinite S: [n, n]; NaN where S is not finite."""
-    if not bool(torch.isfinite(S).all()):
-        return torch.full_like(S, float("nan"))
-    values, vectors = torch.linalg.eigh(S)
-    root: torch.Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+        for statistics in collectors.pop(index).finish():
+            yield index, statistics
 
 
 def split_by_input(model: SourceModel, layers: LayerMap, calibration: CalibrationSet) -> LayerMap:

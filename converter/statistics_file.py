@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from skipcat_edge.errors import UserError, first_line
 
+from .collector import BlockStatistics, InputStatistics, LayerStatistics, OutputStatistics
+from .job import Job
 from .layers import Layer, LayerMap
-from .statistics import BlockStatistics, InputStatistics, LayerStatistics, OutputStatistics
 
 _FORMAT = "skipcat-statistics-1"
 _SOURCE_FILES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt"})
@@ -61,32 +64,34 @@ class Statistics:
     layers: LayerMap
 
     def block(self, index: int) -> BlockStatistics:
-        """Statistics of one block's layers, read from the file."""
+        """Statistics of one block's layers, whose matrices are read from the file when they are asked for."""
         statistics: BlockStatistics = {}
         with safe_open(self.path, framework="pt") as file:
             names = set(file.keys())
+
+            def number(name: str) -> float:
+                return float(file.get_tensor(name))
+
             for group in (group for group in self.layers.groups if group[0].index == index):
-                first = group[0].tensor
-                H = self._finite(file.get_tensor(f"{first}.H"), first)
-                shared = InputStatistics(H, self.provenance.tokens,
-                                         float(file.get_tensor(f"{first}.H.shrinkage")))
+                H = f"{group[0].tensor}.H"
+                shared = InputStatistics(partial(self._matrix, H), self.provenance.tokens,
+                                         number(f"{H}.shrinkage"))
                 for layer in group:
-                    output = None
-                    if f"{layer.tensor}.C" in names:
-                        mean_weight, shrinkage = (
-                            float(file.get_tensor(f"{layer.tensor}.C.{name}"))
-                            for name in ("mean_weight", "shrinkage")
-                        )
-                        C = self._finite(file.get_tensor(f"{layer.tensor}.C"), layer.tensor)
-                        output = OutputStatistics(C, mean_weight, shrinkage)
+                    C, output = f"{layer.tensor}.C", None
+                    if C in names:
+                        output = OutputStatistics(partial(self._matrix, C), number(f"{C}.mean_weight"),
+                                                  number(f"{C}.shrinkage"))
                     statistics[layer.tensor] = LayerStatistics(shared, output)
         return statistics
 
-    def _finite(self, matrix: torch.Tensor, tensor: str) -> torch.Tensor:
-        if not bool(torch.isfinite(matrix).all()):
-            raise UserError(f"{self.path}: the statistics of {tensor} are not finite numbers; "
-                            "remove the file and calibrate again.")
-        return matrix.double()
+    def _matrix(self, name: str) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            matrix: torch.Tensor = file.get_tensor(name)
+            if not bool(torch.isfinite(matrix).all()):
+                raise UserError(f"{self.path}: the statistics of {name.rpartition('.')[0]} are not finite "
+                                "numbers; remove the file and calibrate again.")
+            double: torch.Tensor = matrix.double()
+            return double
 
     def largest_shrinkage(self) -> float:
         """The most that any of the second moments was moved towards its diagonal, in [0, 1]."""
@@ -96,10 +101,12 @@ class Statistics:
 
 
 def write_statistics(
-    path: Path, provenance: Provenance, layers: LayerMap, with_output: set[str],
+    job: Job, artifact: str, provenance: Provenance, layers: LayerMap, with_output: set[str],
     blocks: Iterable[tuple[int, BlockStatistics]],
 ) -> None:
-    """Write `blocks` to `path` as they come; `with_output`: the layers that will have a C."""
+    """Write `blocks`, whole groups of some block's layers, to `artifact` as they come, each being on the disk
+    before the next one is asked for; what an earlier run wrote stays. `with_output`: the layers that will
+    have a C."""
     shapes: dict[str, tuple[int, ...]] = {}
     for group in layers.groups:
         shapes[f"{group[0].tensor}.H"] = (group[0].n, group[0].n)
@@ -122,20 +129,23 @@ def write_statistics(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     offset = 8 + len(encoded)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(offset + end)
+    if not job.has(artifact):
+        with job.artifact(artifact) as path, path.open("wb") as empty:
+            empty.write(len(encoded).to_bytes(8, "little") + encoded)
+            empty.truncate(offset + end)
+    with job.path(artifact).open("rb+") as file:
 
         def put(name: str, value: torch.Tensor | float) -> None:
-            array = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else [value], dtype="<f4")
+            matrix = value.float().cpu() if isinstance(value, torch.Tensor) else [value]
+            array = np.asarray(matrix, dtype="<f4")
             assert array.shape == shapes[name], (name, array.shape)
             place = header[name]
             assert isinstance(place, dict)
             file.seek(offset + place["data_offsets"][0])
-            file.write(array.tobytes())
+            file.write(np.ascontiguousarray(array).data)
 
-        for index, statistics in blocks:
-            for group in (group for group in layers.groups if group[0].index == index):
+        for _, statistics in blocks:
+            for group in (group for group in layers.groups if group[0].tensor in statistics):
                 shared = statistics[group[0].tensor].input
                 put(f"{group[0].tensor}.H", shared.H)
                 put(f"{group[0].tensor}.H.shrinkage", shared.shrinkage)
@@ -147,6 +157,8 @@ def write_statistics(
                         put(f"{layer.tensor}.C", output.C)
                         put(f"{layer.tensor}.C.mean_weight", output.mean_weight)
                         put(f"{layer.tensor}.C.shrinkage", output.shrinkage)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_statistics(path: Path, expected: Provenance) -> Statistics:

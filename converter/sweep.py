@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .base_gguf import open_base
 from .calibrate import CalibrationOptions, obtain_statistics
 from .compression import Weights
 from .factorize import Method
+from .job import temporary_job
 from .planning import Budget, dense_plan, make_plan, measure_groups, plan_bytes
 from .quantized import Rounding
 from .statistics_file import read_provenance
@@ -58,8 +58,8 @@ def sweep(
     _check_gradients(stats)
     rows, impossible = [], []
     # a large base file should not go where memory may be the disk
-    with tempfile.TemporaryDirectory(prefix=f".{stats.name}", dir=stats.absolute().parent) as scratch:
-        reader = open_base(base, source, Path(scratch), GGMLQuantizationType.F16, tree, phase, name)
+    with temporary_job(stats) as job:
+        reader = open_base(base, source, job, GGMLQuantizationType.F16, tree, phase, name)
         statistics = obtain_statistics(source, reader, tree, CalibrationOptions(None, gradients=False), stats,
                                        phase)
         layers = statistics.layers

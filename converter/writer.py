@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # Every quantised GGUF carries it; 2 is the only version there is.
 _QUANTIZATION_VERSION = 2
+# About what a tensor's name, shape, type and offset take.
+TENSOR_INFO = 80
+# That are rounded at a time.
+_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,27 @@ class Slot:
 
 def read_weight(tensor: ReaderTensor) -> np.ndarray:
     """A tensor of the base file as float32, rows first. Raises UserError if it is not finite."""
-    W = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    if not np.isfinite(W).all():
-        raise UserError(f"{tensor.name} holds numbers that are not finite; check the model's weights.")
+    W = _finite(tensor, tensor.data)
+    forget_pages(tensor.data)
     rows_first: np.ndarray = W.reshape(tuple(int(size) for size in reversed(tensor.shape)))
     return rows_first
+
+
+def _finite(tensor: ReaderTensor, data: np.ndarray) -> np.ndarray:
+    """`data`, rows of `tensor`, as float32."""
+    W: np.ndarray = quants.dequantize(data, tensor.tensor_type).astype(np.float32)
+    if not np.isfinite(W).all():
+        raise UserError(f"{tensor.name} holds numbers that are not finite; check the model's weights.")
+    return W
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """What was read of the file that `array` is mapped from is no part of the process any more."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def output_type(tensor: ReaderTensor, types: OutputTypes, importances: bool) -> GGMLQuantizationType:
@@ -168,6 +189,12 @@ def metadata_bytes(reader: GGUFReader, layers: LayerMap) -> int:
     return base + linear * (2 * 128 + 2 * int(reader.alignment)) + 1024
 
 
+def base_metadata_bytes(reader: GGUFReader, layers: LayerMap) -> int:
+    """About so many take the keys, and the tensors that are no layers, in a file made from `reader`."""
+    base: int = reader.data_offset
+    return base - TENSOR_INFO * sum(len(group) for group in layers.groups)
+
+
 def block_of(name: str) -> int:
     """Index of the block a tensor is in, -1 outside."""
     in_block = fmt.split_block(name)
@@ -204,21 +231,29 @@ def write_file(
                 arrays = [_dense_data(layout.dense[item.name], item)]
             for array in arrays:
                 writer.write_tensor_data(array)
+                forget_pages(array)
                 advance(array.nbytes)
     finally:
         writer.close()
 
 
 def _dense_data(tensor: ReaderTensor, slot: Slot) -> np.ndarray:
+    """Plainly rounded, some rows at a time: embeddings may be the largest tensor of all."""
     data = np.ascontiguousarray(tensor.data)
-    if slot.type == tensor.tensor_type:
-        if slot.type in _FLOATS:
-            read_weight(tensor)
+    same = slot.type == tensor.tensor_type
+    if same and slot.type not in _FLOATS:
         return data.view(np.uint8)
-    W = read_weight(tensor)
-    matrix = quantize_matrix(torch.from_numpy(W.reshape(-1, W.shape[-1])), None, slot.type, Rounding())
-    assert matrix.type == slot.type
-    return matrix.data
+    rows = data.reshape(-1, data.shape[-1])
+    stored = None if same else np.empty((len(rows), slot.byte_shape[-1]), np.uint8)
+    step = max(1, _ELEMENTS // slot.shape[-1])
+    for start in range(0, len(rows), step):
+        W = _finite(tensor, rows[start : start + step])
+        forget_pages(data)
+        if stored is not None:
+            matrix = quantize_matrix(torch.from_numpy(W), None, slot.type, Rounding())
+            assert matrix.type == slot.type
+            stored[start : start + step] = matrix.data.view(np.uint8).reshape(len(W), -1)
+    return data.view(np.uint8) if stored is None else stored
 
 
 def _copy_metadata(

@@ -26,7 +26,8 @@ def convert_model(
 ) -> Any:
     """Convert `source` to `out`; `options` as in ConvertOptions. Returns the ConvertResult."""
     from skipcat_converter.factorize import METHODS
-    from skipcat_converter.pipeline import ConvertOptions, convert
+    from skipcat_converter.options import ConvertOptions
+    from skipcat_converter.pipeline import convert
     from skipcat_converter.writer import OutputTypes
 
     from skipcat_edge.runtime.source import stock_tree

@@ -211,20 +211,28 @@ def held_out_blend(x: np.ndarray, y: np.ndarray, half: np.ndarray) -> float:
     return float(shares[np.argmin(errors)])
 
 
-@pytest.mark.parametrize(("tokens", "noise"), [(4000, 0.1), (200, 1.0), (60, 3.0)])
-def test_the_blend_is_the_best_on_held_out_tokens(tokens: int, noise: float) -> None:
-    from skipcat_converter.compensation import best_blend
+@pytest.mark.parametrize(("n", "tokens", "noise"), [
+    (24, 4000, 0.1), (24, 200, 1.0), (24, 60, 3.0), (120, 4000, 0.1), (120, 600, 1.0)])
+def test_the_blend_is_the_best_on_held_out_tokens(
+    n: int, tokens: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 100 inputs on, 5 rows of every 40 stand for all."""
+    from skipcat_converter import compensation
     from skipcat_converter.second_moments import SecondMoment
+    from skipcat_converter.sums import HalfSums
 
+    for name, value in (("_JUDGED_WHOLE", 100), ("_JUDGED", 5), ("_APART", 40)):
+        monkeypatch.setattr(compensation, name, value)
     rng = np.random.default_rng(0)
-    n = 24
     y = rng.standard_normal((tokens, n))
     M = np.eye(n) + 0.2 * rng.standard_normal((n, n)) / n**0.5
     x = y @ M + noise * rng.standard_normal((tokens, n))
     half = np.arange(tokens) // 5 % 2
     moment = SecondMoment(n, torch.device("cpu"))
     moment.add(torch.from_numpy(y), torch.from_numpy(half))
-    crossed = torch.from_numpy(np.stack([x[half == i].T @ y[half == i] for i in range(2)]))
+    crossed = HalfSums(n, torch.device("cpu"))
+    for i in range(2):
+        crossed.add(i, torch.from_numpy(x[half == i].T @ y[half == i]))
     expected = held_out_blend(x, y, half)
-    assert best_blend(moment, crossed) == pytest.approx(expected, abs=0.02)
-    assert (expected > 0.9) == (tokens == 4000)
+    assert compensation.best_blend(moment, crossed) == pytest.approx(expected, abs=0.02 if n == 24 else 0.05)
+    assert (expected > 0.8) == (tokens == 4000)

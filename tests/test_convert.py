@@ -189,9 +189,17 @@ def test_full_disk(demo_dense_gguf: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", write)
     out = tmp_path / "out.gguf"
-    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT,
-                 "--method", "skip", "--calib-tokens", 500)
-    assert_refused(result, out, "No space left on device", "room")
+    arguments = ["-o", out, "--base", demo_dense_gguf, "--calibration", TEXT, "--method", "skip",
+                 "--calib-tokens", 500]
+    result = run(DEMO / "model", *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "No space left on device" in result.output and "room" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == [".out.gguf.job"]
+    monkeypatch.undo()
+    result = run(DEMO / "model", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "Resuming: " in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.md"]
 
 
 def test_low_rank_base_is_refused(demo_low_rank_gguf: Path, tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the converter needs torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from skipcat_converter.factorize import DAMPING, METHODS, Factors, decompose, refit, whiten  # noqa: E402
+from skipcat_converter.factorize import (  # noqa: E402
+    DAMPING,
+    METHODS,
+    Factors,
+    decompose,
+    refit,
+    squared_singular_values,
+    whiten,
+)
 from skipcat_converter.factorize import factorize as factorize_decomposed  # noqa: E402
 
 
@@ -104,8 +112,9 @@ def test_the_spectrum_is_the_decompositions() -> None:
         W, H = problem(m, n, 5)
         L = whiten(torch.from_numpy(H)).L
         sigma = np.linalg.svd(W @ L.numpy(), compute_uv=False)
-        np.testing.assert_allclose(decompose(torch.from_numpy(W), L).values.numpy(), sigma**2,
-                                   rtol=1e-8, atol=1e-12)
+        for values in (decompose(torch.from_numpy(W), L).values,
+                       squared_singular_values(torch.from_numpy(W), L)):
+            np.testing.assert_allclose(values.numpy(), sigma**2, rtol=1e-8, atol=1e-12)
 
 
 def test_without_skip_z_has_unit_second_moments() -> None:

@@ -293,7 +293,7 @@ def test_b_is_fitted_to_the_stored_projection(skip: bool) -> None:
     W, H, factors = owner(skip)
     rng = np.random.default_rng(5)
     noise = torch.from_numpy(rng.standard_normal(tuple(factors.T.shape)))
-    moved = Factors(factors.T + 0.05 * factors.T.std() * noise, factors.B, factors.skip, 0.0)
+    moved = Factors(factors.T + 0.05 * factors.T.std() * noise, lambda: factors.B, factors.skip, 0.0)
     found = stored(moved, W, H, "F32", Rounding())
     expected = least_squares(W, projection(found), H)
     np.testing.assert_allclose(members(found), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())

@@ -60,7 +60,7 @@ def test_every_level_is_the_best_of_its_rank(seed: int, skip: bool, gradients: b
     fitted: list[FittedStage] = []
     total = error(C, np.zeros_like(C), H)
     for owner in plan:
-        fitted.append(fit_stage(owner, own, fitted, GGMLQuantizationType.F32, Rounding()))
+        fitted.append(fit_stage(owner, own, fitted, GGMLQuantizationType.F32, Rounding(), last=False))
         rank = sum(each.rank for each in plan[: len(fitted)])
         lost = error(C, sum(stage.taken_c for stage in fitted).numpy(), H)
         assert lost == pytest.approx(best_error(C, H, rank), rel=1e-3, abs=1e-5 * total)
@@ -74,9 +74,9 @@ def test_every_level_is_the_best_of_its_rank(seed: int, skip: bool, gradients: b
 def test_a_later_stage_takes_what_rounding_left() -> None:
     own, C, H = whole_problem(5, False)
     first, second = stages(False, 4, 12)
-    coarse = fit_stage(first, own, [], GGMLQuantizationType.F32, Rounding())
+    coarse = fit_stage(first, own, [], GGMLQuantizationType.F32, Rounding(), last=False)
     spoilt = replace(coarse, taken_w=coarse.taken_w * 1.1, taken_c=coarse.taken_c * 1.1)
-    both = fit_stage(second, own, [spoilt], GGMLQuantizationType.F32, Rounding())
+    both = fit_stage(second, own, [spoilt], GGMLQuantizationType.F32, Rounding(), last=False)
     lost = error(C, (spoilt.taken_c + both.taken_c).numpy(), H)
     assert lost == pytest.approx(best_error(C - spoilt.taken_c.numpy(), H, 12), rel=1e-3)
     assert lost < error(C, spoilt.taken_c.numpy(), H)

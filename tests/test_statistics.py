@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="the converter needs torch")
 
 from skipcat_converter import statistics as stats  # noqa: E402
 from skipcat_converter.calibration import load_calibration, split_sentences  # noqa: E402
+from skipcat_converter.collector import root  # noqa: E402
 from skipcat_converter.layers import keeps_input_order  # noqa: E402
 
 from skipcat_edge.errors import UserError  # noqa: E402
@@ -54,7 +55,8 @@ def test_equals_plain_sums(source: Any, layers: Any) -> None:
             expected = kept * plain + (1 - kept) * np.diag(np.diag(plain))
             np.testing.assert_allclose(entry.input.H.numpy(), expected, rtol=1e-3, atol=1e-5)
             seen += 1
-        assert len({id(entry.input) for entry in statistics.values()}) == 4
+        # what reads the same input comes together
+        assert len({id(entry.input) for entry in statistics.values()}) == 1
     assert seen == len(sums)
 
 
@@ -62,7 +64,7 @@ def test_gradients_equal_those_of_a_whole_backward_pass(
     source: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = load_calibration(TEXT, source, 700, 64)
-    monkeypatch.setattr(stats, "_HEAD_TOKENS", 10**6)
+    monkeypatch.setattr(stats, "HEAD_TOKENS", 10**6)
     found = {
         name: entry.output
         for _, statistics in stats.block_statistics(source, layers, calibration, seed=3)
@@ -100,15 +102,23 @@ def test_without_gradients_there_is_no_output_side(source: Any, layers: Any) -> 
         assert all(entry.output is None for entry in statistics.values())
 
 
+def merged(parts: Any) -> dict[int, Any]:
+    """All statistics of each block."""
+    blocks: dict[int, Any] = {}
+    for block, statistics in parts:
+        blocks.setdefault(block, {}).update(statistics)
+    return blocks
+
+
 def test_a_model_that_is_no_chain_gives_the_same(
     source: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = load_calibration(TEXT, source, 600, 64)
     # windows are drawn for in the same order only where they all fit one part
-    monkeypatch.setattr(stats, "_HEAD_TOKENS", 10**6)
-    chained = dict(stats.block_statistics(source, layers, calibration))
+    monkeypatch.setattr(stats, "HEAD_TOKENS", 10**6)
+    chained = merged(stats.block_statistics(source, layers, calibration))
     monkeypatch.setattr(stats, "find_chain", lambda *_: None)
-    whole = dict(stats.block_statistics(source, layers, calibration))
+    whole = merged(stats.block_statistics(source, layers, calibration))
     assert chained.keys() == whole.keys()
     for block, statistics in chained.items():
         for name, entry in statistics.items():
@@ -176,3 +186,14 @@ def test_input_order_check() -> None:
     assert keeps_input_order(W[rng.permutation(48)], module)
     assert keeps_input_order(W, module.T)
     assert not keeps_input_order(W[:, rng.permutation(32)], module)
+
+
+@pytest.mark.parametrize("rows", [40, 5])
+def test_a_root_of_second_moments(rows: int) -> None:
+    """Also where some direction was never seen."""
+    X = torch.from_numpy(np.random.default_rng(0).standard_normal((rows, 9)))
+    S = X.T @ X
+    R = root(S)
+    np.testing.assert_allclose((R.T @ R).numpy(), S.numpy(), atol=1e-12)
+    S[3, 4] = float("nan")
+    assert bool(torch.isnan(root(S)).all())

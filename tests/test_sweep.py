@@ -52,9 +52,10 @@ def test_a_sweep_runs_no_model_and_decomposes_each_layer_once(
     from skipcat_converter import calibrate, candidates
 
     calls: list[int] = []
-    decompose = candidates.decompose
+    measured = candidates.squared_singular_values
     monkeypatch.setattr(calibrate, "load_source", no_model)
-    monkeypatch.setattr(candidates, "decompose", lambda *args: calls.append(1) or decompose(*args))
+    monkeypatch.setattr(candidates, "squared_singular_values",
+                        lambda *args: calls.append(1) or measured(*args))
     rows = sweep(DEMO / "model", "--base", demo_dense_gguf, "--stats", stats, "--quant", "F16")
     # 7 layers a block, and two groups that may share
     assert len(calls) == 6 * 9
