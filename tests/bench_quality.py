@@ -28,7 +28,8 @@ from quality_report import FEEDBACK, IMATRIX, LOW_RANK, PLAIN, write_report
 from safetensors import safe_open
 from skipcat_converter.calibration import split_sentences
 from skipcat_converter.factorize import METHODS, Method
-from skipcat_converter.pipeline import ConvertOptions, convert
+from skipcat_converter.options import ConvertOptions
+from skipcat_converter.pipeline import convert
 from skipcat_converter.quantized import Rounding
 from skipcat_converter.sweep import sweep
 from skipcat_converter.writer import OutputTypes

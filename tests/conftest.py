@@ -58,3 +58,11 @@ def layers(source: Any, demo_dense_gguf: Path) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_quality"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests that passed have measured: record_property("shown", text)."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties if report.when == "call" else ():
+            if name == "shown":
+                terminalreporter.write_line(f"{report.location[2]}: {text}")
