@@ -24,7 +24,7 @@ DEFAULT_PORT = 50052
 # ggml-rpc.h of the patched source. A stock server has a major version of 7, and none of our ops.
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 107, 0
 # The bound of skipcat-servers.h, for the first answer too.
-SILENCE_S = 6.0
+SILENCE_S = 5.0
 
 _HELLO = 14
 _CAPABILITIES = 24  # bytes; zeros are TCP

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 
 MAIN = "from skipcat_edge.cli import main; main()"
@@ -49,6 +49,20 @@ class Server:
     def send(self, number: signal.Signals) -> None:
         """Send the process a signal."""
         os.kill(self.process.pid, number)
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """As many connections as a server takes that accepts none: further ones wait."""
+        with ExitStack() as connections:
+            for _ in range(100):
+                try:
+                    connection = socket.create_connection(("127.0.0.1", self.port), timeout=0.2)
+                except TimeoutError:
+                    break
+                connections.enter_context(connection)
+            else:
+                raise AssertionError("no end of connections")
+            yield
 
     def __enter__(self) -> Server:
         return self

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,17 @@ def test_lost_server(
     demo_low_rank_gguf: Path, number: signal.Signals, after: int, lost: tuple[int, ...]
 ) -> None:
     """While it is asked what it has, while the model is loaded, and while it computes; a stopped one is as
-    silent as one behind a broken switch, which may take several."""
-    with Server() as first, Server() as second:
+    silent as one behind a broken switch, which may take several, and takes no connection."""
+    with Server() as first, Server() as second, ExitStack() as connections:
         servers = [first, second]
-        relay = Relay(servers[lost[-1]].port, after, lambda _: [servers[each].send(number) for each in lost])
+
+        def lose(_: socket.socket) -> None:
+            for each in lost:
+                servers[each].send(number)
+                if number == signal.SIGSTOP:
+                    connections.enter_context(servers[each].full())
+
+        relay = Relay(servers[lost[-1]].port, after, lose)
         addresses = [server.address for server in servers]
         addresses[lost[-1]] = relay.address
         client = start("generate", demo_low_rank_gguf, "--rpc", ",".join(addresses), "-p", "Once", "-n", 400)
@@ -154,7 +162,7 @@ def test_signs_of_life_are_told_from_a_response(tmp_path: Path) -> None:
     silence = "lost 0"
     sends = [silence, "again 0", "again 16", "lost 16"]
     receives = [silence, "again 16", "again 32", "again 16"]
-    assert run.stdout.splitlines() == [*sends, *receives, "again 0", "6000", "less"]
+    assert run.stdout.splitlines() == [*sends, *receives, "again 0", "5000", "less"]
 
 
 def test_no_server(demo_low_rank_gguf: Path) -> None:

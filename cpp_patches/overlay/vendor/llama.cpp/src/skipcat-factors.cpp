@@ -138,15 +138,14 @@ ggml_tensor * skipcat_create_tensor(
     if (model == nullptr) {
         return nullptr;
     }
-    const ggml_tensor * meta = ml.get_tensor_meta(tn.str().c_str());
-    if (meta != nullptr && !skipcat_is_factor(tn.str())) {
+    const std::string w_name = tn.str();
+    const ggml_tensor * meta = ml.get_tensor_meta(w_name.c_str());
+    if (meta != nullptr && !skipcat_is_factor(w_name)) {
         skipcat_check_type(meta, tn.tensor, tn.suffix);
     }
     if (model->creating_dense || tn.bid < 0 || tn.suffix == nullptr || strcmp(tn.suffix, "weight") != 0) {
         return nullptr;
     }
-
-    const std::string w_name = tn.str();
 
     std::string b_name; // of any factor, for messages
     for (const auto & range : model->ranges) {

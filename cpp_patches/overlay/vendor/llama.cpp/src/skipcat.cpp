@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#define SKIPCAT_RUNTIME_REVISION 7
+#define SKIPCAT_RUNTIME_REVISION 8
 #define SKIPCAT_FORMAT_VERSION   2
 
 #define SKIPCAT_MAX_LEVELS 8

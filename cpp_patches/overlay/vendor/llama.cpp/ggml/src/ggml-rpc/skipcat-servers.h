@@ -3,9 +3,9 @@
 // What becomes of an RPC server that stops answering: an error of llama_decode, never an abort or a hang.
 //
 // A server that computes or takes in weights may be silent for minutes, so silence alone means nothing. Ours
-// therefore says every two seconds meanwhile that it is alive, in the place of the next response's size, and a
-// client gives up on a server that it hears nothing of for six. A killed server is noticed at once, as its socket
-// closes. Once one is lost, the others have little time: several may be gone together, and what they say is of no use.
+// therefore says every second meanwhile that it is alive, in the place of the next response's size, and a client gives
+// up on a server that it hears nothing of for five. A killed server is noticed at once, as its socket closes. Once one
+// is lost, the others have little time: several may be gone together, and what they say is of no use.
 
 #include "ggml-backend.h"
 #include "ggml-impl.h"
@@ -38,12 +38,14 @@
 #endif
 
 static constexpr uint64_t SKIPCAT_RPC_ALIVE   = UINT64_MAX; // no response is this large
-static constexpr int      SKIPCAT_RPC_EVERY   = 2;          // seconds
-static constexpr int      SKIPCAT_RPC_SILENCE = 6000;       // ms
-static constexpr int      SKIPCAT_RPC_OTHERS  = 2000;       // ms that the others have together after a loss
+static constexpr int      SKIPCAT_RPC_EVERY   = 1;          // seconds
+static constexpr int      SKIPCAT_RPC_SILENCE = 5000;       // ms
+static constexpr int      SKIPCAT_RPC_OTHERS  = 1500;       // ms that the others have together after a loss
 static constexpr int      SKIPCAT_RPC_LOSS    = 3000;       // ms after the latest loss that belong to the same use
 static constexpr int      SKIPCAT_RPC_RECV    = 100;        // ms after which a call returns, for its patience to be looked up
 static constexpr int      SKIPCAT_RPC_SEND    = 1500;       // the same; it also limits connecting
+static constexpr int      SKIPCAT_RPC_HURRY   = 50;         // both, of a connection made after a loss: a stopped server
+                                                            // takes two, and to connect once more takes all the time
 static constexpr int      SKIPCAT_RPC_UNSENT  = 1 << 18;    // bytes: a slow network sends them in much less
 
 //
@@ -63,6 +65,10 @@ struct skipcat_rpc_lost {
         return std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - then).count();
     }
 
+    bool is_recent() const {
+        return ms_since(latest) <= SKIPCAT_RPC_LOSS;
+    }
+
     static skipcat_rpc_lost & instance() {
         static skipcat_rpc_lost lost;
         return lost;
@@ -73,7 +79,7 @@ inline void skipcat_rpc_lose(const std::string & endpoint) {
     skipcat_rpc_lost & lost = skipcat_rpc_lost::instance();
     std::lock_guard<std::mutex> lock(lost.mutex);
     if (lost.endpoints.insert(endpoint).second) {
-        const bool is_first = lost.ms_since(lost.latest) > SKIPCAT_RPC_LOSS;
+        const bool is_first = !lost.is_recent();
         lost.latest = skipcat_rpc_lost::clock::now();
         lost.first  = is_first ? lost.latest : lost.first;
     }
@@ -100,7 +106,7 @@ template <typename socket_fd>
 static int skipcat_rpc_patience(socket_fd fd, int waited) {
     skipcat_rpc_lost & lost = skipcat_rpc_lost::instance();
     std::lock_guard<std::mutex> lock(lost.mutex);
-    if (lost.ms_since(lost.latest) > SKIPCAT_RPC_LOSS) {
+    if (!lost.is_recent()) {
         lost.silent.clear();
         return SKIPCAT_RPC_SILENCE - waited;
     }
@@ -121,6 +127,22 @@ template <typename socket_fd>
 static void skipcat_rpc_set_option(socket_fd fd, int level, int name, int value) {
     setsockopt(fd, level, name, (const char *) &value, sizeof(value));
 }
+
+#ifndef _WIN32
+// ms after which a call returns; name: SO_RCVTIMEO or SO_SNDTIMEO
+template <typename socket_fd>
+static void skipcat_rpc_set_timeout(socket_fd fd, int name, int ms) {
+    const struct timeval timeout = { ms/1000, ms%1000*1000 };
+    setsockopt(fd, SOL_SOCKET, name, &timeout, sizeof(timeout));
+}
+
+template <typename socket_fd>
+static int skipcat_rpc_timeout(socket_fd fd, int name) {
+    struct timeval timeout = {};
+    socklen_t size = sizeof(timeout);
+    return getsockopt(fd, SOL_SOCKET, name, &timeout, &size) == 0 ? int(timeout.tv_sec*1000 + timeout.tv_usec/1000) : 0;
+}
+#endif
 
 // of a socket that is accepted (a client may be idle, but one whose machine is gone must not keep the server from the
 // next one) or about to be connected
@@ -143,10 +165,10 @@ static void skipcat_rpc_limit_silence(socket_fd fd) {
     skipcat_rpc_set_option(fd, SOL_SOCKET, SO_RCVTIMEO, SKIPCAT_RPC_SILENCE);
     skipcat_rpc_set_option(fd, SOL_SOCKET, SO_SNDTIMEO, SKIPCAT_RPC_SILENCE);
 #else
-    struct timeval receiving = { 0, SKIPCAT_RPC_RECV*1000 };
-    struct timeval sending   = { SKIPCAT_RPC_SEND/1000, SKIPCAT_RPC_SEND%1000*1000 };
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &receiving, sizeof(receiving));
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &sending,   sizeof(sending));
+    skipcat_rpc_lost & lost = skipcat_rpc_lost::instance();
+    std::lock_guard<std::mutex> lock(lost.mutex);
+    skipcat_rpc_set_timeout(fd, SO_RCVTIMEO, lost.is_recent() ? SKIPCAT_RPC_HURRY : SKIPCAT_RPC_RECV);
+    skipcat_rpc_set_timeout(fd, SO_SNDTIMEO, lost.is_recent() ? SKIPCAT_RPC_HURRY : SKIPCAT_RPC_SEND);
 #endif
 }
 
@@ -206,8 +228,8 @@ static bool skipcat_rpc_try_again(socket_fd fd, bool sends) {
         return true;
     }
     if (errno == EAGAIN || errno == EWOULDBLOCK) {
-        const int patience = skipcat_rpc_patience(fd, sends ? SKIPCAT_RPC_SEND : SKIPCAT_RPC_RECV);
-        if (skipcat_rpc_wait(fd, sends, patience)) {
+        const int waited = skipcat_rpc_timeout(fd, sends ? SO_SNDTIMEO : SO_RCVTIMEO);
+        if (skipcat_rpc_wait(fd, sends, skipcat_rpc_patience(fd, waited))) {
             return true;
         }
         skipcat_rpc_lost & lost = skipcat_rpc_lost::instance();
