@@ -23,7 +23,7 @@ from .job_blocks import StoredBlock, has_stored, keep_stored, read_stored
 from .layers import Layer
 from .plan import PlannedOwner
 from .quantized import Rounding, quantize_matrix
-from .stages import FittedStage, fit_stage, is_added_to, mixed_input, stages_below
+from .stages import FittedStage, LevelWeights, fit_stage, is_added_to, mixed_input, stages_below
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
 
@@ -99,8 +99,7 @@ class Compressor:
     types: OutputTypes
     rounding: Rounding
     groups: list[tuple[Layer, ...]] = field(default_factory=list)
-    level_weights: Sequence[float] = (1.0,)
-    """What the loss of each level counts where factors serve several; one for a file without levels."""
+    level_weights: LevelWeights = field(default_factory=LevelWeights)
     compensation: Sequence[Compensation] = ()
     """The flows of each level; none without compensation."""
     job: Job | None = None
@@ -225,8 +224,7 @@ class Compressor:
         def mixed(levels: range, added_to: bool) -> CompressedInput | None:
             if not inputs:
                 return None
-            # what is added answers for the higher level: these lean no more to one than to the other
-            weights = [1.0] * len(inputs) if added_to else self.level_weights
+            weights = self.level_weights.added_to if added_to else self.level_weights.shared
             return mixed_input({level: inputs[level] for level in levels}, weights)
 
         stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}
@@ -237,7 +235,7 @@ class Compressor:
             if layer.tensor in slots:
                 factored = {level for owner in own for level in self._levels(owner)}
                 first = min(level for level in self._levels(None) if level not in factored)
-                levels = range(first, len(self.level_weights))
+                levels = range(first, self.level_weights.levels)
                 self._dense(layer, slots[layer.tensor], mixed, levels, stored)
         W = self.weights.block(group[0].index)
         for level, flow in enumerate(self.compensation):
@@ -247,7 +245,7 @@ class Compressor:
                     flow.install(layer, W[layer.tensor], torch.stack(parts).sum(0))
 
     def _levels(self, owner: PlannedOwner | None) -> range:
-        first, last = (owner and owner.levels) or (0, len(self.level_weights) - 1)
+        first, last = (owner and owner.levels) or (0, self.level_weights.levels - 1)
         return range(first, last + 1)
 
     def _owners(
@@ -266,7 +264,7 @@ class Compressor:
                 self._done.damped[first.tensor] = whole.damping
             try:
                 stage = fit_stage(owner, whole, [fitted[each] for each in stages_below(owner, owners)],
-                                  self.types.linear, self.rounding, last=not added_to)
+                                  self.types.of(owner), self.rounding, last=not added_to)
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{first.tensor} cannot be factored: {error}; "
                                 "use more calibration tokens or a lower ratio.") from None

@@ -52,6 +52,7 @@ def job_settings(options: ConvertOptions, digest: str) -> dict[str, Any]:
         "--bpw": options.bpw,
         "--levels": list(options.levels),
         "--level-overhead": options.level_overhead if options.levels else None,
+        "--level-quant": options.types.correction.name if options.levels else None,
         "--quant": linear.name,
         "--head-quant": None if head is None else head.name,
         "--method": options.method.name,

@@ -46,6 +46,8 @@ class _Stage:
     skip: bool | None
     """None: dense."""
     levels: Levels
+    added: bool = False
+    """To those of lower levels."""
 
     def used_at(self, level: int) -> bool:
         return self.levels[0] <= level <= self.levels[1]
@@ -88,13 +90,14 @@ class _Prices:
 
 def allocate_levels(
     groups: Groups, budgets: LevelBudgets, cost: Cost, grid: int, skip: bool | None = None,
-    caution: float = 0.0,
+    caution: float = 0.0, added: Cost | None = None,
 ) -> Plan:
     """The plan whose levels lose least, each measured by what it would lose in a file of its own.
 
     Minimises the largest of those shares. `skip` None: decided by loss and cost. `caution`: see
-    `Candidate.weighed`. Ranks never fall as the level rises. Raises BudgetError if even the lowest ranks cost
-    more than the lowest level's budget.
+    `Candidate.weighed`. `added`: the cost of factors that a level adds to lower ones; None: `cost`. Ranks
+    never fall as the level rises. Raises BudgetError if even the lowest ranks cost more than the lowest
+    level's budget.
     """
     least = least_cost(groups, cost, grid, skip)
     if least > budgets.levels[0]:
@@ -102,8 +105,8 @@ def allocate_levels(
     alone = np.array([allocate(groups, budget, cost, grid, skip, caution).weighed
                       for budget in budgets.levels], dtype=float)
     levels = len(budgets.levels)
-    tables = [[[_Table(candidate, cost, grid, skip, levels, caution) for candidate in alternative]
-               for alternative in group] for group in groups]
+    tables = [[[_Table(candidate, cost, added or cost, grid, skip, levels, caution)
+                for candidate in alternative] for alternative in group] for group in groups]
     ways = _generate(tables, budgets, np.maximum(alone, 1e-9 * max(alone.max(), 1e-300)))
     return _plan(ways, levels)
 
@@ -115,8 +118,8 @@ _Partial = tuple[float, int, tuple[_Stage, ...]]
 class _Table:
     """What a candidate costs and loses at every rank, in every form."""
 
-    def __init__(self, candidate: Candidate, cost: Cost, grid: int, skip: bool | None, levels: int,
-                 caution: float) -> None:
+    def __init__(self, candidate: Candidate, cost: Cost, added: Cost, grid: int, skip: bool | None,
+                 levels: int, caution: float) -> None:
         self.candidate, self.levels = candidate, levels
         m, n = candidate.m, candidate.n
         self.dense_cost = cost(candidate.members, 0, None)
@@ -124,6 +127,8 @@ class _Table:
         self.ranks: dict[bool, np.ndarray] = {}
         self.costs: dict[bool, np.ndarray] = {}
         """Of going from one rank to another, [from, to]; index 0 is no rank at all."""
+        self.more: dict[bool, np.ndarray] = {}
+        """Of adding so many ranks to lower ones."""
         self.losses: dict[bool, np.ndarray] = {}
         for form in (False, True) if skip is None else (skip,):
             ranks = np.arange(grid, min(m, n - 1 if form else n) + 1, grid)
@@ -132,11 +137,13 @@ class _Table:
             ranks, prices = ranks[prices < self.dense_cost], prices[prices < self.dense_cost]
             if not len(ranks):
                 continue
-            step = np.concatenate([[0.0], prices])
-            index = np.arange(len(step))
+            more = np.array([0.0, *(added(candidate.members, int(rank), form) for rank in ranks)])
+            index = np.arange(len(more))
             up = index[None, :] - index[:, None]
             self.ranks[form] = np.concatenate([[0], ranks])
-            self.costs[form] = np.where((up >= 0) & (index[None, :] > 0), step[np.maximum(up, 0)], np.inf)
+            self.costs[form] = np.where((up >= 0) & (index[None, :] > 0), more[np.maximum(up, 0)], np.inf)
+            self.costs[form][0, 1:] = prices
+            self.more[form] = more
             self.losses[form] = np.concatenate([[0.0], candidate.weighed(ranks, form, caution)])
 
     def cheapest(self) -> _Way:
@@ -191,7 +198,7 @@ class _Table:
             for level in range(last - 1, first, -1):
                 origin = int(steps[level - first - 1][index])
                 if origin != index:
-                    stages.append(_Stage(int(ranks[index] - ranks[origin]), form, (level, last - 1)))
+                    stages.append(_Stage(int(ranks[index] - ranks[origin]), form, (level, last - 1), True))
                 index = origin
             stages.append(_Stage(int(ranks[index]), form, (first, last - 1)))
             earlier = before[source[index]][2]
@@ -214,7 +221,8 @@ class _Table:
     def _cost(self, stage: _Stage) -> float:
         if stage.skip is None:
             return self.dense_cost
-        return float(self.costs[stage.skip][0, np.searchsorted(self.ranks[stage.skip], stage.rank)])
+        costs = self.more[stage.skip] if stage.added else self.costs[stage.skip][0]
+        return float(costs[np.searchsorted(self.ranks[stage.skip], stage.rank)])
 
 
 _Tables = Sequence[Sequence[Sequence[_Table]]]
@@ -309,7 +317,7 @@ def _plan(ways: Sequence[_Way], levels: int) -> Plan:
     for candidate, stage in (each for way in ways for each in way.stages):
         if stage.skip is not None:
             used = None if stage.levels == (0, levels - 1) else stage.levels
-            owners.append(PlannedOwner(candidate.members, stage.rank, stage.skip, used))
+            owners.append(PlannedOwner(candidate.members, stage.rank, stage.skip, used, stage.added))
             continue
         for layer in candidate.members:
             if stage.levels[0]:

@@ -21,6 +21,8 @@ class PlannedOwner:
     skip: bool
     levels: fmt.Levels | None = None
     """The first and the last level that use it; None: all."""
+    added: bool = False
+    """It corrects what the factors of lower levels leave, which that level uses too."""
 
     def used_at(self, level: int) -> bool:
         """Whether the level at this place uses it."""
@@ -76,7 +78,7 @@ def plan_from_json(told: dict[str, Any]) -> Plan:
     """The plan that `plan_to_json` told."""
     owners = [
         PlannedOwner(tuple(Layer(**layer) for layer in owner["members"]), owner["rank"], owner["skip"],
-                     owner["levels"] and tuple(owner["levels"]))
+                     owner["levels"] and tuple(owner["levels"]), owner["added"])
         for owner in told["owners"]
     ]
     return Plan(**{**told, "owners": owners, "level_losses": tuple(told["level_losses"])})

@@ -26,7 +26,7 @@ from .level_allocation import LevelBudgets, allocate_levels
 from .named_allocations import RULES, allocate_by_rule
 from .plan import Plan, PlannedOwner
 from .quantized import Rounding
-from .writer import TENSOR_INFO, factor_slots
+from .writer import TENSOR_INFO, OutputTypes, factor_slots
 
 ALLOCATIONS = ("loss", *RULES)
 CAUTION = 30.0
@@ -150,29 +150,31 @@ def make_plan(
 
 def make_level_plan(
     groups: Groups, method: Method, levels: Sequence[float], spare: float, fixed_bytes: float,
-    type_: GGMLQuantizationType, grid: int | None = None,
+    types: OutputTypes, grid: int | None = None,
 ) -> Plan:
     """The plan of a file whose levels keep these ratios, ascending.
 
-    `spare`: how much larger than one of its last level alone the file may be, as a share. `fixed_bytes`: of
-    the file, what is no linear layer that can be factored. Raises UnreachableError if the first ratio is
-    below the lowest that there is.
+    A level reads as much for a token as a file of its ratio: factors that it adds to lower ones are of
+    `types.correction`, and count by what that takes. `spare`: how much larger than one of its last level
+    alone the file may be, as a share. `fixed_bytes`: of the file, what is no linear layer that can be
+    factored. Raises UnreachableError if the first ratio is below the lowest that there is.
     """
-    layers = _layers(groups)
+    layers, type_ = _layers(groups), types.linear
     cost, _ = cost_of(Budget("ratio", levels[0]), layers, type_)
+    added = _added_cost(cost, types)
     total = cost_of_all(layers, cost)
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
     reads = tuple(ratio * total for ratio in levels)
     per_byte = total / cost_of_all(layers, _bytes_cost(type_))
     try:
         alone = allocate(groups, reads[-1], cost, grid, method.skip, CAUTION)
-        limit = (1 + spare) * (fixed_bytes + _stored_bytes(alone, groups, type_)) - _LEVEL_KEYS
+        limit = (1 + spare) * (fixed_bytes + _stored_bytes(alone, groups, types)) - _LEVEL_KEYS
         # the names and the padding of about twice as many tensors
         stored = (limit - fixed_bytes - 2 * TENSOR_INFO * 3 * len(alone.owners)) * per_byte
         for _ in range(_TRIES):
             plan = allocate_levels(groups, LevelBudgets(reads, max(stored, reads[-1])), cost, grid,
-                                   method.skip, CAUTION)
-            excess = fixed_bytes + _stored_bytes(plan, groups, type_) - limit
+                                   method.skip, CAUTION, added)
+            excess = fixed_bytes + _stored_bytes(plan, groups, types) - limit
             if excess <= 0 or stored <= reads[-1]:
                 break
             stored -= 1.1 * excess * per_byte
@@ -228,6 +230,29 @@ def _bytes_cost(type_: GGMLQuantizationType) -> Cost:
         return sum(slot.padded_bytes(_ALIGNMENT) for slot in factor_slots(owner, type_))
 
     return nbytes
+
+
+def _added_cost(cost: Cost, types: OutputTypes) -> Cost:
+    """What factors that a level adds cost, where `cost` is that of the same ones in the file's type."""
+    if types.correction == types.linear:
+        return cost
+    own, linear = _bytes_cost(types.correction), _bytes_cost(types.linear)
+
+    def scaled(members: Sequence[Layer], rank: int, form: Form) -> float:
+        return cost(members, rank, form) * own(members, rank, form) / linear(members, rank, form)
+
+    return scaled
+
+
+def kept(layers: Sequence[Layer], plan: Plan, level: int, types: OutputTypes) -> float:
+    """What a level reads of `layers`, over their dense parameters; what it adds counts by its bytes."""
+    cost, total = cost_of(Budget("ratio", 1.0), layers, types.linear)
+    added = _added_cost(cost, types)
+    used = [owner for owner in plan.owners if owner.used_at(level)]
+    factored = {layer.tensor for owner in used for layer in owner.members}
+    read = sum((added if owner.added else cost)(owner.members, owner.rank, owner.skip) for owner in used)
+    read += sum(layer.m * layer.n for layer in layers if layer.tensor not in factored)
+    return 1 - (total - read) / total if total else 1.0
 
 
 def _each_group(groups: Groups, budget: float, cost: Cost, grid: int, skip: bool | None) -> Plan:
@@ -289,16 +314,17 @@ def dense_plan(groups: Groups) -> Plan:
     return Plan([], {layer.tensor: "" for layer in _layers(groups)}, loss)
 
 
-def _stored_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> float:
+def _stored_bytes(plan: Plan, groups: Groups, types: OutputTypes) -> float:
     """What the layers of `groups` take in a file, dense ones of higher levels and tensors' names too."""
     again = [layer for layer in _layers(groups) if layer.tensor in plan.dense_from]
-    tensors = sum(len(factor_slots(owner, type_)) for owner in plan.owners) + len(again) + len(plan.dense)
-    return (plan_bytes(plan, groups, type_) + cost_of_all(again, _bytes_cost(type_))
+    tensors = (sum(len(factor_slots(owner, types.of(owner))) for owner in plan.owners) + len(again)
+               + len(plan.dense))
+    return (plan_bytes(plan, groups, types) + cost_of_all(again, _bytes_cost(types.linear))
             + TENSOR_INFO * tensors)
 
 
-def plan_bytes(plan: Plan, groups: Groups, type_: GGMLQuantizationType) -> int:
+def plan_bytes(plan: Plan, groups: Groups, types: OutputTypes) -> int:
     """What the layers of `groups` take in a file."""
-    cost = _bytes_cost(type_)
-    total = sum(cost(owner.members, owner.rank, owner.skip) for owner in plan.owners)
+    cost = _bytes_cost(types.linear)
+    total = sum(_bytes_cost(types.of(owner))(owner.members, owner.rank, owner.skip) for owner in plan.owners)
     return int(total + cost_of_all([layer for layer in _layers(groups) if layer.tensor in plan.dense], cost))

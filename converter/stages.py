@@ -21,6 +21,8 @@ from .quantized import QuantizedFactors, Rounding, quantize_factors
 
 # Of the mean of H's diagonal: where the inputs say nothing the target stays W.
 _DAMPING = 1e-4
+# What a level counts beside the one below it, whose factors it corrects.
+_CORRECTED = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,32 @@ def mixed_input(inputs: Mapping[int, CompressedInput], weights: Sequence[float])
     return CompressedInput(H, M, max(each.blend for each in inputs.values()))
 
 
-def level_weights(losses: Sequence[float]) -> list[float]:
-    """What the loss of each level counts where factors serve several: by the square of what it loses.
+@dataclass(frozen=True)
+class LevelWeights:
+    """What the loss of each level counts where factors serve several."""
 
-    By what it loses alone a level would count as much as any other, and the last one came out worst: it
-    has the least to give away.
+    shared: tuple[float, ...] = (1.0,)
+    """For factors that higher levels use as they are."""
+    added_to: tuple[float, ...] = (1.0,)
+    """For those that higher levels correct."""
+
+    @property
+    def levels(self) -> int:
+        """How many there are; one in a file without levels."""
+        return len(self.shared)
+
+
+def level_weights(losses: Sequence[float], small_corrections: bool) -> LevelWeights:
+    """By the predicted loss of each level. `small_corrections`: what a level adds is of a smaller type than
+    what it adds to, so that a higher level has ranks to spare.
+
+    Measured with the levels 0.6 and 0.8 of the demo model and MiniLM (docs/levels-quality.md).
     """
     least = max(1e-3 * max(losses), 1e-30)
-    return [1 / max(loss, least) ** 2 for loss in losses]
+    if small_corrections:
+        # the lowest level has the least to give away: what corrects its factors answers for the others
+        return LevelWeights(tuple(1 / max(loss, least) for loss in losses),
+                            tuple(_CORRECTED**place for place in range(len(losses))))
+    # By what it loses alone a level would count as much as any other, and the last one came out worst. What
+    # is added answers for the higher level: these factors lean no more to one than to the other.
+    return LevelWeights(tuple(1 / max(loss, least) ** 2 for loss in losses), (1.0,) * len(losses))

@@ -19,6 +19,7 @@ from .job import temporary_job
 from .planning import Budget, dense_plan, make_plan, measure_groups, plan_bytes
 from .quantized import Rounding
 from .statistics_file import read_provenance
+from .writer import OutputTypes
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def sweep(
                         impossible.append(Impossible(type_.name, ratio, str(error)))
                         continue
                     assert plan.loss is not None
-                    nbytes = plan_bytes(plan, groups, type_)
+                    nbytes = plan_bytes(plan, groups, OutputTypes(type_, None))
                     rows.append(SweepRow(type_.name, ratio, nbytes, 8 * nbytes / elements, plan.loss / 2,
                                          len(plan.dense), len(weights.layers)))
     return rows, impossible

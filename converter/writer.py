@@ -24,6 +24,7 @@ from gguf import (
 from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.library import requires_importance
+from skipcat_edge.weight_types import correction_type
 
 from .layers import LayerMap
 from .plan import PlannedOwner
@@ -47,6 +48,17 @@ class OutputTypes:
     """Factors, and the linear layers that stay dense."""
     head: GGMLQuantizationType | None
     """Token embeddings and output head."""
+    added: GGMLQuantizationType | None = None
+    """Factors that a level adds to those of lower ones; None: what is usual with `linear`."""
+
+    @property
+    def correction(self) -> GGMLQuantizationType:
+        """The type of what a level adds."""
+        return correction_type(self.linear) if self.added is None else self.added
+
+    def of(self, owner: PlannedOwner) -> GGMLQuantizationType:
+        """The type of the owner's factors."""
+        return self.correction if owner.added else self.linear
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ class Layout:
         """Every tensor of the file."""
         for item in self.order:
             if isinstance(item, PlannedOwner):
-                yield from factor_slots(item, self.types.linear)
+                yield from factor_slots(item, self.types.of(item))
             else:
                 yield item
 
@@ -261,8 +273,9 @@ def _copy_metadata(
 ) -> None:
     replaced = dict(metadata)
     linear = layout.types.linear
+    used = {linear, *(layout.types.of(item) for item in layout.order if isinstance(item, PlannedOwner))}
     replaced["general.file_type"] = (int(file_type(linear)), GGUFValueType.UINT32)
-    if fmt.block_size(linear) > 1:
+    if any(fmt.block_size(type_) > 1 for type_ in used):
         replaced["general.quantization_version"] = (_QUANTIZATION_VERSION, GGUFValueType.UINT32)
     # the writer adds the architecture itself
     del replaced[fmt.KEY_ARCHITECTURE]

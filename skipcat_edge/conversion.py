@@ -21,7 +21,7 @@ def _silent(_title: str, _total: float) -> Iterator[Callable[[float], None]]:
 
 def convert(source: str | Path, output: str | Path, *, ratio: float | None = None, budget: int | None = None,
             bpw: float | None = None, levels: Sequence[float] = (), level_overhead: float = 0.1,
-            quant: str = "Q8_0", head_quant: str | None = None,
+            level_quant: str | None = None, quant: str = "Q8_0", head_quant: str | None = None,
             method: str = "auto", allocation: str | None = None, rounding: str = "feedback",
             calibration: str | Path | None = None, stats: str | Path | None = None,
             compensate: bool = True, gradients: bool = True, calib_tokens: int | None = None,
@@ -44,7 +44,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         bpw: bits per dense weight of the linear layers instead.
         levels: rising ratios of a file whose speed can be changed while it runs; the last is that of the
             whole file. `level_overhead`: how much larger it may be than one of its last level alone, as
-            a share.
+            a share. `level_quant`: type of what a level adds to lower ones (None: by weight_types).
         quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
         method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
         calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
@@ -108,6 +108,9 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     low_rank = ratio < 1 or budget is not None or bpw is not None
     linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
     head = weight_type(head_quant) if head_quant else None
+    if level_quant is not None and not levels:
+        raise UserError("--level-quant is the type of what levels add to lower ones; give --levels too.")
+    added = weight_type(level_quant) if level_quant else None
     remove_rest(output)
     own = force or was_placing(output)
     check_output(output, own)
@@ -154,7 +157,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         source=directory, output=output, method=METHODS[method], ratio=ratio, budget=budget, bpw=bpw,
         levels=levels, level_overhead=level_overhead,
         allocation=allocation, rounding=Rounding(feedback=rounding == "feedback"), stats=stats,
-        gradients=gradients, compensate=compensate, types=OutputTypes(linear, head),
+        gradients=gradients, compensate=compensate, types=OutputTypes(linear, head, added),
         tree=stock_tree(runtime_source), base=base,
         source_name=None if Path(source).is_dir() else str(source), calibration=calibration,
         calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed,

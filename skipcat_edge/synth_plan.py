@@ -14,6 +14,7 @@ from skipcat_edge import format as fmt
 from skipcat_edge.errors import UserError
 from skipcat_edge.model_table import MODELS, LinearGroup, ModelDimensions, RopeScaling
 from skipcat_edge.ranks import check_levels, check_ratio, uniform_rank
+from skipcat_edge.weight_types import correction_type
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -98,8 +99,8 @@ class Plan:
         return self.kept_at(len(self.levels))
 
     def kept_at(self, level: int) -> float:
-        """The ratio that a rank level reached, by its place from 0."""
-        kept = sum(tensor.elements for tensor in self.tensors
+        """The ratio that a rank level reached, by its place from 0; what it adds counts by its bytes."""
+        kept = sum(tensor.elements * _price(self.type, tensor.first_level) for tensor in self.tensors
                    if tensor.role is Role.LINEAR and tensor.first_level <= level)
         return kept / (self.model.n_layer * sum(group.m * group.n for group in self.model.groups))
 
@@ -119,8 +120,20 @@ class Plan:
         """Weights whose rows are not whole blocks of the type, and are stored as F16."""
         matrices = {Role.EMBEDDING, Role.HEAD, Role.LINEAR}
         return tuple(
-            tensor for tensor in self.tensors if tensor.role in matrices and tensor.type != self.type
+            tensor for tensor in self.tensors if tensor.role in matrices
+            and tensor.type != _type_at(self.type, tensor.first_level)
         )
+
+
+def _type_at(type_: GGMLQuantizationType, first_level: int) -> GGMLQuantizationType:
+    """Of what levels from this place on use, as `convert` has it."""
+    return correction_type(type_) if first_level else type_
+
+
+def _price(type_: GGMLQuantizationType, first_level: int) -> float:
+    """Of a parameter, beside one of the first level."""
+    row = 256  # elements; whole blocks of any type
+    return fmt.tensor_bytes(_type_at(type_, first_level), 1, row) / fmt.tensor_bytes(type_, 1, row)
 
 
 def model_dimensions(name: str) -> ModelDimensions:
@@ -135,8 +148,8 @@ def plan(model: ModelDimensions, type_: GGMLQuantizationType, ratio: float, seed
     """The tensors of `model`: dense at ratio 1, otherwise low-rank with Skip and shared projections.
 
     With rank `levels`, the last of which is `ratio`, the first one's factors are used by all, and each
-    further one adds factors to those below. Raises UserError for ratios that are out of range or that no
-    ranks can keep.
+    further one adds factors to those below, of the type that `convert` gives them. Raises UserError for
+    ratios that are out of range or that no ranks can keep.
     """
     check_ratio(ratio)
     if levels:
@@ -195,17 +208,20 @@ def _matrix(name: str, rows: int, columns: int, type_: GGMLQuantizationType,
 
 def _factors(group: LinearGroup, layer: int, type_: GGMLQuantizationType, levels: Sequence[float], grid: int,
              rng: np.random.Generator) -> Iterator[PlannedTensor]:
-    kept = 0
+    kept = 0.0
     for first, ratio in enumerate(levels):
         # what rounding to the grid left of a lower level's share goes to the next one
-        rank = uniform_rank(group.m, group.n, ratio - kept / (group.m * group.n), skip=True, grid=grid)
+        own, price = _type_at(type_, first), _price(type_, first)
+        step = max(grid, fmt.block_size(own))
+        share = (ratio - kept / (group.m * group.n)) / price
+        rank = uniform_rank(group.m, group.n, share, skip=True, grid=step)
         if rank == 0:
             owner = fmt.owner_of(group.members)
-            raise UserError(f"blk.{layer}.{owner}: no rank of {type_.name} (a multiple of {grid}) "
+            raise UserError(f"blk.{layer}.{owner}: no rank of {own.name} (a multiple of {step}) "
                             f"{_too_small(levels, first)} or a type with smaller blocks.")
-        kept += fmt.factor_parameters(group.m, group.n, rank, skip=True)
+        kept += price * fmt.factor_parameters(group.m, group.n, rank, skip=True)
         used = None if first == 0 else (first, len(levels) - 1)
-        for tensor in _stage(group, layer, type_, rank, used, len(levels), rng):
+        for tensor in _stage(group, layer, own, rank, used, len(levels), rng):
             yield replace(tensor, first_level=first)
 
 

@@ -14,6 +14,16 @@ _NOT_FOR_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 # ggml refuses to quantise to these without the second moments of a layer's input.
 _NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
+# What corrects a projection is small beside it, and so is what rounding it loses.
+_CORRECTIONS = {"F32": "Q8_0", "F16": "Q8_0", "BF16": "Q8_0", "Q8_0": "Q4_0"}
+
+
+def correction_type(type_: GGMLQuantizationType) -> GGMLQuantizationType:
+    """What factors that a level adds to lower ones are stored as where all others have `type_`."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[_CORRECTIONS.get(type_.name, type_.name)]
+
 
 def weight_type(name: str, *, have_importance: bool = False) -> GGMLQuantizationType:
     """The ggml type called `name`, in any case.

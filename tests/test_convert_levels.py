@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def leveled(request: pytest.FixtureRequest, demo_dense_gguf: Path,
     return out, result
 
 
+@pytest.fixture
+def quant(request: pytest.FixtureRequest) -> str:
+    """The type of `leveled`."""
+    return str(request.node.callspec.params["leveled"])
+
+
 def weights_at(path: Path, level: int) -> dict[str, np.ndarray]:
     """W: [m, n] of every linear layer at the level, from the format's definition alone."""
     found: dict[str, np.ndarray] = {}
@@ -66,17 +73,27 @@ def weights_at(path: Path, level: int) -> dict[str, np.ndarray]:
 
 
 def test_the_file_is_no_larger_than_said(
-    leveled: tuple[Path, Any], demo_dense_gguf: Path, tmp_path: Path, request: pytest.FixtureRequest
+    leveled: tuple[Path, Any], demo_dense_gguf: Path, tmp_path: Path, quant: str
 ) -> None:
     """A tenth more than the file of the last level alone, and the tenth is made use of."""
     alone = tmp_path / "alone.gguf"
-    quant = request.node.callspec.params["leveled"]
     convert_model(DEMO / "model", alone, base=demo_dense_gguf, quant=quant, method="auto", ratio=LEVELS[-1],
                   calibration=TEXT, calib_tokens=4000, compensate=False)
     assert 1.05 < leveled[0].stat().st_size / alone.stat().st_size <= 1.1
 
 
-def test_every_level_keeps_its_ratio(leveled: tuple[Path, Any]) -> None:
+def types_of(owners: Sequence[fmt.Owner]) -> set[str]:
+    return {type_.name for owner in owners for type_ in (owner.type, *(each.type for each in owner.members))}
+
+
+def is_added(owner: fmt.Owner, owners: Sequence[fmt.Owner]) -> bool:
+    """Whether a lower level has factors of the same layers, which the owner's first level uses too."""
+    return any(other.layer == owner.layer and {each.name for each in other.members} & {
+        each.name for each in owner.members} and other.levels[0] < owner.levels[0] <= other.levels[1]
+        for other in owners)
+
+
+def test_every_level_keeps_its_ratio(leveled: tuple[Path, Any], quant: str) -> None:
     path, result = leveled
     reader = GGUFReader(path)
     assert fmt.field_value(reader, fmt.KEY_FORMAT_VERSION) == 2
@@ -89,13 +106,26 @@ def test_every_level_keeps_its_ratio(leveled: tuple[Path, Any]) -> None:
     owners = fmt.read_owners(reader)
     dense = {tensor.name: int(np.prod(tensor.shape)) for tensor in reader.tensors
              if fmt.parse_weight_name(tensor.name)}
+    whole = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768)
     for place, level in enumerate(result.levels):
         used = [owner for owner in owners if owner.levels[0] <= place <= owner.levels[1]]
         factored = {fmt.weight_name(owner.layer, each.name) for owner in used for each in owner.members}
-        read = sum(owner.parameters for owner in used)
+        # what is added takes less than 9 of F16's 16 bits, and its mask at most one for each
+        read = sum(owner.parameters * (0.55 if is_added(owner, owners) and quant == "F16" else 1.0)
+                   for owner in used)
         read += sum(size for name, size in dense.items() if name not in factored)
-        assert read / (6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768)) == pytest.approx(level.kept)
+        assert read / whole == pytest.approx(level.kept, rel=1e-9 if place == 0 or quant == "Q4_0" else 0.03)
         assert level.kept <= LEVELS[place] + 1e-9
+
+
+def test_corrections_are_smaller(leveled: tuple[Path, Any], quant: str) -> None:
+    """In a file of F16 they are Q8_0; with Q4_0 there is nothing smaller."""
+    owners = fmt.read_owners(GGUFReader(leveled[0]))
+    corrections = [owner for owner in owners if is_added(owner, owners)]
+    others = [owner for owner in owners if owner not in corrections]
+    assert corrections and others
+    assert types_of(corrections) == {"Q8_0" if quant == "F16" else quant}
+    assert types_of(others) == {quant}
 
 
 def test_higher_levels_are_nearer_to_the_model(leveled: tuple[Path, Any], demo_dense_gguf: Path) -> None:
@@ -138,6 +168,8 @@ def test_lower_factors_are_no_worse_for_the_higher_ones(leveled: tuple[Path, Any
     (["--levels", "0.6,0.8", "--ratio", "0.7"], "leave out --ratio"),
     (["--levels", "0.6,0.8", "--budget", "3MB"], "leave out --ratio"),
     (["--levels", "0.6,0.8", "--level-overhead", "-1"], "--level-overhead is a share"),
+    (["--level-quant", "Q8_0"], "give --levels too"),
+    (["--levels", "0.6,0.8", "--level-quant", "Q9_9"], "not a type that weights can have"),
     (["--levels", "0.6,0.8", "--method", "skipcat"], "--levels needs --allocation loss"),
     (["--levels", "0.01,0.8", "--calib-tokens", "500"], "ratio of 0.01 is too little"),
 ])  # fmt: skip
@@ -152,7 +184,10 @@ def test_refused(options: list[str], words: str, demo_dense_gguf: Path, tmp_path
 def test_what_the_command_says(demo_dense_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT, "--levels",
-                 "0.6,0.8", "--calib-tokens", "1500", "--no-compensation", "--quant", "F16")
+                 "0.6,0.8", "--calib-tokens", "1500", "--no-compensation", "--quant", "F16", "--level-quant",
+                 "Q4_0")
     assert result.exit_code == 0, result.output
     assert "level 0.6 reads 0.5" in result.output or "level 0.6 reads 0.6000" in result.output
     assert "level 0.8 reads 0.7" in result.output or "level 0.8 reads 0.8000" in result.output
+    owners = fmt.read_owners(GGUFReader(out))
+    assert types_of([owner for owner in owners if is_added(owner, owners)]) == {"Q4_0"}

@@ -14,7 +14,7 @@ from scipy.optimize import linprog  # noqa: E402
 from skipcat_converter.allocation import BudgetError, allocate  # noqa: E402
 from skipcat_converter.candidates import Candidate  # noqa: E402
 from skipcat_converter.level_allocation import LevelBudgets, allocate_levels  # noqa: E402
-from skipcat_converter.plan import Plan  # noqa: E402
+from skipcat_converter.plan import Plan, PlannedOwner  # noqa: E402
 from test_allocation import decaying, layer, noise, parameters  # noqa: E402
 
 Groups = list[list[list[Candidate]]]
@@ -41,8 +41,11 @@ def parameters_of(groups: Groups) -> dict[str, int]:
             for each in candidate.members}
 
 
-def ways(candidate: Candidate) -> Iterator[np.ndarray]:
-    """[read at 0, read at 1, stored, loss at 0, loss at 1] of all that two levels can make of a layer."""
+def ways(candidate: Candidate, price: float) -> Iterator[np.ndarray]:
+    """[read at 0, read at 1, stored, loss at 0, loss at 1] of all that two levels can make of a layer.
+
+    `price`: of a parameter that is added.
+    """
     m, n = candidate.m, candidate.n
     dense = m * n
     lost = float(np.interp(0, *candidate.rounding[None])) if None in candidate.rounding else 0.0
@@ -66,13 +69,13 @@ def ways(candidate: Candidate) -> Iterator[np.ndarray]:
                 second = cost(high, other)
                 yield np.array([first[0], second, first[0] + second, first[1], loss(high, other)])
             if other == form and high > low and (high - low, form) in choices:
-                both = first[0] + cost(high - low, form)
+                both = first[0] + price * cost(high - low, form)
                 yield np.array([first[0], both, both, first[1], loss(high, form)])
 
 
-def least_share(groups: Groups, budgets: LevelBudgets, alone: Sequence[float]) -> float:
+def least_share(groups: Groups, budgets: LevelBudgets, alone: Sequence[float], price: float) -> float:
     """No choice has a lower largest share of a level's loss by what it would lose alone."""
-    columns = [list(ways(group[0][0])) for group in groups]
+    columns = [list(ways(group[0][0], price)) for group in groups]
     table = np.array([way for found in columns for way in found]).T
     limits = np.array([*budgets.levels, budgets.file])
     shares = np.hstack([table[3:] / np.array(alone)[:, None], -np.ones((2, 1))])
@@ -95,30 +98,37 @@ def used_at(plan: Plan, level: int) -> dict[str, int]:
     return ranks
 
 
-def read(plan: Plan, groups: Groups, level: int) -> float:
+def price_of(owner: PlannedOwner, price: float) -> float:
+    return (price if owner.added else 1.0) * parameters(owner.members, owner.rank, owner.skip)
+
+
+def read(plan: Plan, groups: Groups, level: int, price: float) -> float:
     factored = used_at(plan, level)
-    return sum(parameters(owner.members, owner.rank, owner.skip) for owner in plan.owners
+    return sum(price_of(owner, price) for owner in plan.owners
                if owner.levels is None or owner.levels[0] <= level <= owner.levels[1]) + sum(
         dense for name, dense in parameters_of(groups).items() if name not in factored)
 
 
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 10_000), st.sampled_from([(0.5, 0.8), (0.6, 0.8), (0.45, 0.9)]),
-       st.sampled_from([0.0, 0.1, 0.4]))
-def test_no_way_through_two_levels_is_better(seed: int, ratios: tuple[float, float], spare: float) -> None:
+       st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([1.0, 0.5]))
+def test_no_way_through_two_levels_is_better(
+    seed: int, ratios: tuple[float, float], spare: float, price: float
+) -> None:
     groups = some_layers(seed)
     dense = parameters_of(groups)
     total = sum(dense.values())
     budgets = LevelBudgets(tuple(ratio * total for ratio in ratios), ratios[1] * total * (1 + spare))
     alone = [float(allocate(groups, budget, parameters, GRID).loss or 0) for budget in budgets.levels]
-    plan = allocate_levels(groups, budgets, parameters, GRID)
+    plan = allocate_levels(groups, budgets, parameters, GRID,
+                           added=lambda *owner: price * parameters(*owner))
     share = max(found / own for found, own in zip(plan.level_losses, alone, strict=True))
-    least = least_share(groups, budgets, alone)
+    least = least_share(groups, budgets, alone, price)
     # the program that may divide layers is a bound; whole ones cannot always meet it
     assert least - 1e-6 <= share <= 1.3 * least
     for level, budget in enumerate(budgets.levels):
-        assert read(plan, groups, level) <= budget + 1e-6
-    stored = sum(parameters(owner.members, owner.rank, owner.skip) for owner in plan.owners)
+        assert read(plan, groups, level, price) <= budget + 1e-6
+    stored = sum(price_of(owner, price) for owner in plan.owners)
     stored += sum(dense[name] for name in [*plan.dense, *plan.dense_from])
     assert stored <= budgets.file + 1e-6
     low, high = used_at(plan, 0), used_at(plan, 1)

@@ -121,7 +121,13 @@ def test_one_level_is_itself() -> None:
 
 
 def test_levels_count_by_what_they_lose() -> None:
-    assert level_weights([0.4, 0.1]) == pytest.approx([6.25, 100.0])
+    same = level_weights([0.4, 0.1], False)
+    assert same.levels == 2 and same.shared == pytest.approx([6.25, 100.0])
+    assert same.added_to[0] == same.added_to[1]
+    smaller = level_weights([0.4, 0.1], True)
+    assert smaller.shared == pytest.approx([2.5, 10.0])
+    assert smaller.added_to[0] > smaller.added_to[1] > 0
     # a level that loses nothing has not all the weight, nor one of a model that loses nothing
-    assert level_weights([0.5, 0.0]) == pytest.approx([4.0, 4e6])
-    assert level_weights([0.0, 0.0]) == [level_weights([0.0])[0]] * 2
+    assert level_weights([0.5, 0.0], False).shared == pytest.approx([4.0, 4e6])
+    nothing = level_weights([0.0, 0.0], True).shared
+    assert nothing[0] == nothing[1] > 0

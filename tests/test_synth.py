@@ -122,7 +122,7 @@ def test_low_rank(tree: Path, tmp_path: Path, ratio: float, quant: str, grid: in
 
 
 def test_levels(tree: Path, tmp_path: Path) -> None:
-    levels, grid = [0.5, 0.75, 0.9], 8
+    levels = [0.2, 0.6, 0.98]
     out = tmp_path / "levels.gguf"
     result = synth(tree, out, "--levels", ",".join(map(str, levels)), "--quant", "F16")
     assert result.exit_code == 0, result.output
@@ -137,17 +137,22 @@ def test_levels(tree: Path, tmp_path: Path) -> None:
     for owner in owners:
         used = None if owner.levels[0] == 0 else owner.levels
         masks.add(tensor_bytes(reader, fmt.skip_mask_name(owner.layer, owner.name, used)))
+        # what is added is Q8_0: whole blocks, 8.5 of 16 bits
+        grid, price = (8, 1.0) if owner.levels[0] == 0 else (32, 8.5 / 16)
+        assert owner.type.name == ("F16" if owner.levels[0] == 0 else "Q8_0")
         assert owner.skip and owner.rank % grid == 0
         stages = [other for other in owners if (other.layer, other.name) == (owner.layer, owner.name)
                   and other.levels[0] <= owner.levels[0]]
-        kept = sum(stage.parameters for stage in stages) / (owner.m * owner.n)
+        kept = sum(stage.parameters * (1.0 if stage.levels[0] == 0 else price) for stage in stages) / (
+            owner.m * owner.n)
         more = owner.rank + grid
-        step = (more * (owner.m + owner.n - more) - owner.parameters) / (owner.m * owner.n)
+        step = price * (more * (owner.m + owner.n - more) - owner.parameters) / (owner.m * owner.n)
         assert kept <= levels[owner.levels[0]] < kept + step or more >= owner.n
     assert len(masks) == len(owners)  # each has a skip set of its own
     dense = 2 * sum(m * n for m, n in LAYERS.values())
     for place, level in enumerate(levels):
-        kept = sum(owner.parameters for owner in owners if owner.used_at(place)) / dense
+        kept = sum(owner.parameters * (8.5 / 16 if owner.levels[0] else 1.0)
+                   for owner in owners if owner.used_at(place)) / dense
         assert f"level {level:g} at {kept:.3f}" in result.output
 
 

@@ -30,6 +30,9 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
                    "last is the whole file's.")
 @click.option("--level-overhead", default=0.1, show_default=True, metavar="SHARE",
               help="With --levels: how much larger the file may be than one of its last level alone.")
+@click.option("--level-quant",
+              help="With --levels: ggml type of what a level adds to lower ones.  [default: Q8_0 in F16 and "
+                   "F32, Q4_0 in Q8_0, else as --quant]")
 @click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
 @click.option("--head-quant",
               help="ggml type of token embeddings and output head.  [default: as in the base file]")
@@ -79,6 +82,7 @@ def command(
     bpw: float | None,
     levels: str | None,
     level_overhead: float,
+    level_quant: str | None,
     quant: str,
     head_quant: str | None,
     method: str,
@@ -119,7 +123,7 @@ def command(
         result = convert(
             source, output, ratio=ratio, budget=None if budget is None else parse_size(budget), bpw=bpw,
             levels=() if levels is None else parse_ratios(levels, "--levels")[::-1],
-            level_overhead=level_overhead,
+            level_overhead=level_overhead, level_quant=level_quant,
             quant=quant, head_quant=head_quant, method=method, allocation=allocation, rounding=rounding,
             calibration=calibration, stats=stats, compensate=not no_compensation, gradients=not no_grad,
             calib_tokens=calib_tokens, seq_len=seq_len, device=device, seed=seed, base=base,
