@@ -23,13 +23,14 @@ from .job_blocks import StoredBlock, has_stored, keep_stored, read_stored
 from .layers import Layer
 from .plan import PlannedOwner
 from .quantized import Rounding, quantize_matrix
-from .stages import FittedStage, LevelWeights, fit_stage, is_added_to, mixed_input, stages_below
+from .stages import FittedStage, LevelWeights, corrections, fit_stage, mixed_input, stages_below
 from .statistics_file import Statistics
 from .writer import Layout, OutputTypes, Slot, factor_data, read_weight
 
-_Mixed = Callable[[range, bool], CompressedInput | None]
-"""What factors of some levels are fitted to, and whether a higher level adds to them; None without
-compensation."""
+_Corrections = tuple[tuple[int, int], ...]
+"""The levels that use some factors, each with how many it adds to them."""
+_Mixed = Callable[[_Corrections], CompressedInput | None]
+"""What such factors are fitted to; None without compensation."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +222,11 @@ class Compressor:
         inputs = [flow.input_of(group) for flow in self.compensation]
 
         @cache  # members of a group are often fitted to the same levels
-        def mixed(levels: range, added_to: bool) -> CompressedInput | None:
+        def mixed(corrections: _Corrections) -> CompressedInput | None:
             if not inputs:
                 return None
-            weights = self.level_weights.added_to if added_to else self.level_weights.shared
-            return mixed_input({level: inputs[level] for level in levels}, weights)
+            weights = self.level_weights.of(dict(corrections))
+            return mixed_input({level: inputs[level] for level in weights}, weights)
 
         stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}
         for layer in group:
@@ -257,14 +258,14 @@ class Compressor:
         W = self.weights.block(first.index)
         fitted: dict[PlannedOwner, FittedStage] = {}
         for owner in sorted(owners, key=lambda owner: owner.levels or (0, 0)):
-            added_to = is_added_to(owner, owners)
+            added_to = corrections(owner, owners, self._levels(owner))
             whole = problem(owner.members, W, self.entries(first.index), self.method,
-                            mixed(self._levels(owner), added_to))
+                            mixed(tuple(added_to.items())))
             if whole.damping > DAMPING:
                 self._done.damped[first.tensor] = whole.damping
             try:
                 stage = fit_stage(owner, whole, [fitted[each] for each in stages_below(owner, owners)],
-                                  self.types.of(owner), self.rounding, last=not added_to)
+                                  self.types.of(owner), self.rounding, last=not any(added_to.values()))
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{first.tensor} cannot be factored: {error}; "
                                 "use more calibration tokens or a lower ratio.") from None
@@ -283,7 +284,7 @@ class Compressor:
             return
         W = self.weights.block(layer.index)[layer.tensor]
         base_type = self.weights.tensors[layer.tensor].tensor_type
-        compressed = mixed(levels, False)
+        compressed = mixed(tuple((level, 0) for level in levels))
         if compressed is None and slot.type == base_type:
             return
         H = self.entries(layer.index)[layer.tensor].input.H if compressed is None else compressed.H

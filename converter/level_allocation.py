@@ -19,7 +19,7 @@ from scipy.optimize import LinearConstraint, linprog, milp
 from skipcat_edge.format import Levels
 
 from .allocation import BudgetError, Cost, Groups, allocate, least_cost
-from .candidates import Candidate, Form
+from .candidates import Candidate
 from .layers import Layer
 from .plan import WORTH_MORE, Plan, PlannedOwner
 
@@ -38,6 +38,15 @@ class LevelBudgets:
     levels: tuple[float, ...]
     """Rising."""
     file: float
+
+
+@dataclass(frozen=True)
+class Added:
+    """Of factors that a level adds to lower ones."""
+
+    cost: Cost
+    noise: float = 0.0
+    """What rounding them loses, over what they take away; beyond that of the file's type."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +99,13 @@ class _Prices:
 
 def allocate_levels(
     groups: Groups, budgets: LevelBudgets, cost: Cost, grid: int, skip: bool | None = None,
-    caution: float = 0.0, added: Cost | None = None,
+    caution: float = 0.0, added: Added | None = None,
 ) -> Plan:
     """The plan whose levels lose least, each measured by what it would lose in a file of its own.
 
     Minimises the largest of those shares. `skip` None: decided by loss and cost. `caution`: see
-    `Candidate.weighed`. `added`: the cost of factors that a level adds to lower ones; None: `cost`. Ranks
-    never fall as the level rises. Raises BudgetError if even the lowest ranks cost more than the lowest
-    level's budget.
+    `Candidate.weighed`. `added` None: as any others. Ranks never fall as the level rises. Raises BudgetError
+    if even the lowest ranks cost more than the lowest level's budget.
     """
     least = least_cost(groups, cost, grid, skip)
     if least > budgets.levels[0]:
@@ -105,10 +113,10 @@ def allocate_levels(
     alone = np.array([allocate(groups, budget, cost, grid, skip, caution).weighed
                       for budget in budgets.levels], dtype=float)
     levels = len(budgets.levels)
-    tables = [[[_Table(candidate, cost, added or cost, grid, skip, levels, caution)
+    tables = [[[_Table(candidate, cost, added or Added(cost), grid, skip, levels, caution)
                 for candidate in alternative] for alternative in group] for group in groups]
     ways = _generate(tables, budgets, np.maximum(alone, 1e-9 * max(alone.max(), 1e-300)))
-    return _plan(ways, levels)
+    return _plan(ways, levels, added.noise if added else 0.0)
 
 
 _Partial = tuple[float, int, tuple[_Stage, ...]]
@@ -118,9 +126,9 @@ _Partial = tuple[float, int, tuple[_Stage, ...]]
 class _Table:
     """What a candidate costs and loses at every rank, in every form."""
 
-    def __init__(self, candidate: Candidate, cost: Cost, added: Cost, grid: int, skip: bool | None,
+    def __init__(self, candidate: Candidate, cost: Cost, added: Added, grid: int, skip: bool | None,
                  levels: int, caution: float) -> None:
-        self.candidate, self.levels = candidate, levels
+        self.candidate, self.levels, self.noise = candidate, levels, added.noise
         m, n = candidate.m, candidate.n
         self.dense_cost = cost(candidate.members, 0, None)
         self.dense_loss = float(candidate.weighed(np.zeros(1, int), None, caution)[0])
@@ -133,11 +141,11 @@ class _Table:
         for form in (False, True) if skip is None else (skip,):
             ranks = np.arange(grid, min(m, n - 1 if form else n) + 1, grid)
             prices = np.array([cost(candidate.members, int(rank), form) for rank in ranks])
-            # no level reads more than the dense layer
+            # in the file's type no level would read more than the dense layer
             ranks, prices = ranks[prices < self.dense_cost], prices[prices < self.dense_cost]
             if not len(ranks):
                 continue
-            more = np.array([0.0, *(added(candidate.members, int(rank), form) for rank in ranks)])
+            more = np.array([0.0, *(added.cost(candidate.members, int(rank), form) for rank in ranks)])
             index = np.arange(len(more))
             up = index[None, :] - index[:, None]
             self.ranks[form] = np.concatenate([[0], ranks])
@@ -175,6 +183,8 @@ class _Table:
     ) -> Iterator[_Partial]:
         """Factors that grow from the level `first` to the one before `last`, where others replace them."""
         ranks, costs, losses = self.ranks[form], self.costs[form], self.losses[form]
+        # [from, to]; the first row has nothing to add to
+        lost = losses[None, :] + self.noise * np.maximum(losses[:, None] - losses[None, :], 0.0)
         # what comes before, by the least rank that may follow it
         least = np.full(len(ranks), np.inf)
         source = np.zeros(len(ranks), int)
@@ -186,7 +196,7 @@ class _Table:
         for level in range(first, last):
             # never zero: factors that cost nothing would grow for nothing
             price = max(float(prices.read[level:last].sum() + prices.stored), 1e-30)
-            whole = price * costs + prices.loss[level] * losses[None, :]
+            whole = price * costs + prices.loss[level] * lost
             if level == first:
                 values = whole[0] + least
             else:
@@ -212,8 +222,8 @@ class _Table:
             if form is None:
                 losses[level] = self.dense_loss
             else:
-                rank = sum(stage.rank for stage in used)
-                losses[level] = self.losses[form][np.searchsorted(self.ranks[form], rank)]
+                below, whole = self.losses[form][np.searchsorted(self.ranks[form], _ranks(used))]
+                losses[level] = whole + self.noise * (below - whole)
             read[level] = sum(self._cost(stage) for stage in used)
         stored = sum(self._cost(stage) for stage in stages)
         return _Way(tuple((self.candidate, stage) for stage in stages), read, stored, losses)
@@ -223,6 +233,13 @@ class _Table:
             return self.dense_cost
         costs = self.more[stage.skip] if stage.added else self.costs[stage.skip][0]
         return float(costs[np.searchsorted(self.ranks[stage.skip], stage.rank)])
+
+
+def _ranks(used: Sequence[_Stage]) -> tuple[int, int]:
+    """Of a level's factors without the latest that were added, and of all of them."""
+    rank = sum(stage.rank for stage in used)
+    added = [stage for stage in used if stage.added]
+    return rank - (max(added, key=lambda stage: stage.levels[0]).rank if added else 0), rank
 
 
 _Tables = Sequence[Sequence[Sequence[_Table]]]
@@ -310,7 +327,7 @@ class _Program:
         return [way for way, taken in zip(self.ways, found.x[:count], strict=True) if taken > 0.5]
 
 
-def _plan(ways: Sequence[_Way], levels: int) -> Plan:
+def _plan(ways: Sequence[_Way], levels: int, noise: float) -> Plan:
     owners: list[PlannedOwner] = []
     dense: dict[str, str] = {}
     from_level: dict[str, int] = {}
@@ -324,17 +341,18 @@ def _plan(ways: Sequence[_Way], levels: int) -> Plan:
                 from_level[layer.tensor] = stage.levels[0]
             else:
                 dense[layer.tensor] = WORTH_MORE
-    losses = [_predicted(ways, level) for level in range(levels)]
+    losses = [_predicted(ways, level, noise) for level in range(levels)]
     return Plan(owners, dense, losses[-1], float(_sum(ways).losses[-1]), tuple(losses), from_level)
 
 
-def _predicted(ways: Sequence[_Way], level: int) -> float:
+def _predicted(ways: Sequence[_Way], level: int, noise: float) -> float:
     """The loss of a level, without caution."""
-    ranks: dict[tuple[Layer, ...], int] = {}
-    forms: dict[tuple[Layer, ...], tuple[Candidate, Form]] = {}
+    used: dict[tuple[Layer, ...], tuple[Candidate, list[_Stage]]] = {}
     for candidate, stage in (each for way in ways for each in way.stages):
         if stage.used_at(level):
-            ranks[candidate.members] = ranks.get(candidate.members, 0) + stage.rank
-            forms[candidate.members] = candidate, stage.skip
-    return sum(float(candidate.losses(np.array([ranks[members]]), form)[0])
-               for members, (candidate, form) in forms.items())
+            used.setdefault(candidate.members, (candidate, []))[1].append(stage)
+    total = 0.0
+    for candidate, stages in used.values():
+        below, whole = candidate.losses(np.array(_ranks(stages)), stages[0].skip)
+        total += float(whole + noise * (below - whole))
+    return total

@@ -130,9 +130,9 @@ class LevelResult:
 
     ratio: float
     """Asked for; the level's name."""
-    kept: float
-    """What it reads of the layers that could be factored, over their dense parameters; what it adds to lower
-    levels counts by the bytes of its type."""
+    read: float
+    """What it reads of the layers that could be factored, over what they take where they are dense; by
+    parameters, and what it adds to lower levels by the bytes of its type."""
     loss: float
     """Predicted, before compensation, in the unit of the statistics."""
 

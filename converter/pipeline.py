@@ -22,6 +22,7 @@ from .allocation import Groups
 from .base_gguf import BASE, open_base
 from .calibrate import UNFINISHED, CalibrationOptions, checked_layers, load_model, obtain_statistics
 from .calibration import BATCH_TOKENS, DEFAULT_SEQ_LEN, load_calibration, require_calibration
+from .candidates import bits
 from .compensation import Compensation, open_compensation
 from .compression import Compressor, Weights
 from .executor import open_executor
@@ -43,7 +44,7 @@ from .memory import (
 from .metadata import calibration_keys, metadata
 from .options import ConvertOptions, ConvertResult, LevelResult
 from .plan import Plan, plan_from_json, plan_to_json, plan_uniform
-from .planning import Budget, kept, make_level_plan, make_plan, measure_groups
+from .planning import Budget, make_level_plan, make_plan, measure_groups, read_share
 from .quantized import Rounding
 from .source_model import SourceModel
 from .stages import level_weights
@@ -126,14 +127,14 @@ def convert(
             options, reader, layers, compressor, phase, measured)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         last = max(0, len(options.levels) - 1)
-        all_layers = [layer for group in layers.groups for layer in group]
-        result.kept = kept(all_layers, plan, last, options.types)
+        result.kept = _kept(layers, plan, last)
         if plan.level_losses:
-            read = (kept(all_layers, plan, level, options.types) for level in range(len(options.levels)))
+            factored = [layer for group in layers.groups for layer in group]
+            read = (read_share(factored, plan, level, options.types) for level in range(len(options.levels)))
             result.levels = tuple(LevelResult(*level) for level in zip(
                 options.levels, read, plan.level_losses, strict=True))
             compressor.level_weights = level_weights(
-                plan.level_losses, options.types.correction != options.types.linear)
+                plan.level_losses, bits(options.types.correction) < bits(options.types.linear))
         if statistics is not None and options.method.compensate and options.compensate:
             result.not_compensated = "no --calibration was given"
         if options.compensated and layers.groups:
@@ -312,6 +313,17 @@ def _fixed_tensors(options: ConvertOptions, reader: GGUFReader, layers: LayerMap
     return sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
 
 
+def _kept(layers: LayerMap, plan: Plan, level: int) -> float:
+    """What the level uses, over the dense parameters."""
+    wanted = [layer for group in layers.groups for layer in group]
+    total = sum(layer.m * layer.n for layer in wanted)
+    used = [owner for owner in plan.owners if owner.used_at(level)]
+    factored = {layer.tensor for owner in used for layer in owner.members}
+    read = sum(owner.parameters for owner in used)
+    read += sum(layer.m * layer.n for layer in wanted if layer.tensor not in factored)
+    return 1 - (total - read) / total if total else 1.0
+
+
 def _write(
     options: ConvertOptions, reader: GGUFReader, layers: LayerMap, plan: Plan, compressor: Compressor,
     partial: Path, phase: Phase,
@@ -320,8 +332,7 @@ def _write(
     if plan.owners:
         # what was asked; what came out where bytes were asked for
         by_ratio = options.budget is None and options.bpw is None
-        ratio = options.ratio if by_ratio else kept(
-            [layer for group in layers.groups for layer in group], plan, 0, options.types)
+        ratio = options.ratio if by_ratio else _kept(layers, plan, 0)
         keys = metadata(options, layers, compressor.statistics, ratio, plan.level_losses)
     else:
         architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))

@@ -78,7 +78,7 @@ def plan_from_json(told: dict[str, Any]) -> Plan:
     """The plan that `plan_to_json` told."""
     owners = [
         PlannedOwner(tuple(Layer(**layer) for layer in owner["members"]), owner["rank"], owner["skip"],
-                     owner["levels"] and tuple(owner["levels"]), owner["added"])
+                     owner["levels"] and tuple(owner["levels"]), owner.get("added", False))
         for owner in told["owners"]
     ]
     return Plan(**{**told, "owners": owners, "level_losses": tuple(told["level_losses"])})

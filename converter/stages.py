@@ -21,7 +21,7 @@ from .quantized import QuantizedFactors, Rounding, quantize_factors
 
 # Of the mean of H's diagonal: where the inputs say nothing the target stays W.
 _DAMPING = 1e-4
-# What a level counts beside the one below it, whose factors it corrects.
+# What a level counts beside one that does not correct the factors; for each correction.
 _CORRECTED = 0.1
 
 
@@ -75,14 +75,14 @@ def stages_below(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> list[Pl
     return [other for other in owners if other.used_at(first) and other.used_at(first - 1)]
 
 
-def is_added_to(owner: PlannedOwner, owners: Sequence[PlannedOwner]) -> bool:
-    """Whether a higher level has factors of the same layers besides `owner`."""
+def corrections(owner: PlannedOwner, owners: Sequence[PlannedOwner], levels: range) -> dict[int, int]:
+    """How many of `owners`, all of the same layers, each of the `levels` that use `owner` adds to it."""
     first = owner.levels[0] if owner.levels else 0
-    starts = [other.levels[0] for other in owners if other.levels is not None]
-    return any(first < start and owner.used_at(start) for start in starts)
+    return {level: sum(other.levels is not None and first < other.levels[0] and other.used_at(level)
+                       for other in owners) for level in levels}
 
 
-def mixed_input(inputs: Mapping[int, CompressedInput], weights: Sequence[float]) -> CompressedInput:
+def mixed_input(inputs: Mapping[int, CompressedInput], weights: Mapping[int, float]) -> CompressedInput:
     """What factors of several levels are fitted to: the least sum of their losses, by weight of level.
 
     `inputs`: of each level. Sum_k w_k |W M_k y_k - V y_k|^2 is least where V fits W M under H, with
@@ -105,14 +105,20 @@ class LevelWeights:
     """What the loss of each level counts where factors serve several."""
 
     shared: tuple[float, ...] = (1.0,)
-    """For factors that higher levels use as they are."""
-    added_to: tuple[float, ...] = (1.0,)
-    """For those that higher levels correct."""
+    """For factors that all of them use as they are."""
+    corrected: float = 1.0
+    """For those that are added to: for each correction that a level has, beside a level without."""
 
     @property
     def levels(self) -> int:
         """How many there are; one in a file without levels."""
         return len(self.shared)
+
+    def of(self, corrections: Mapping[int, int]) -> dict[int, float]:
+        """By level. `corrections`: how many each level that uses the factors adds to them."""
+        if not any(corrections.values()):
+            return {level: self.shared[level] for level in corrections}
+        return {level: self.corrected**number for level, number in corrections.items()}
 
 
 def level_weights(losses: Sequence[float], small_corrections: bool) -> LevelWeights:
@@ -124,8 +130,7 @@ def level_weights(losses: Sequence[float], small_corrections: bool) -> LevelWeig
     least = max(1e-3 * max(losses), 1e-30)
     if small_corrections:
         # the lowest level has the least to give away: what corrects its factors answers for the others
-        return LevelWeights(tuple(1 / max(loss, least) for loss in losses),
-                            tuple(_CORRECTED**place for place in range(len(losses))))
+        return LevelWeights(tuple(1 / max(loss, least) for loss in losses), _CORRECTED)
     # By what it loses alone a level would count as much as any other, and the last one came out worst. What
     # is added answers for the higher level: these factors lean no more to one than to the other.
-    return LevelWeights(tuple(1 / max(loss, least) ** 2 for loss in losses), (1.0,) * len(losses))
+    return LevelWeights(tuple(1 / max(loss, least) ** 2 for loss in losses))

@@ -145,6 +145,10 @@ def _line(text: object) -> str:
 
 
 def _summary(found: Inspection, source: Source) -> str:
+    if found.levels:
+        levels = ", ".join(f"{level.ratio:g}" for level in found.levels)
+        return (f"{_linked(source)} at several levels, {levels}: large matrices are replaced by low-rank "
+                "factors, and a lower level has less of them to read and to multiply. Made by skipcat-edge.")
     if found.owners:
         return (f"{_linked(source)} with {found.kept:.0%} of its linear layers' parameters: large "
                 "matrices are replaced by low-rank factors, so that there is less to read and to multiply. "

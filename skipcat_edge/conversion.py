@@ -77,9 +77,10 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
 
     from skipcat_edge.card import card_path
     from skipcat_edge.extra import require_converter
+    from skipcat_edge.format import block_size
     from skipcat_edge.output import check_output
     from skipcat_edge.ranks import check_ratio
-    from skipcat_edge.weight_types import weight_type
+    from skipcat_edge.weight_types import LARGEST_BLOCK, weight_type
 
     output = Path(output)
     calibration, stats, base, runtime_source = map(_path, (calibration, stats, base, runtime_source))
@@ -106,11 +107,15 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     if stats is not None and stats.absolute() == output.absolute():
         raise UserError(f"{stats} cannot be both the statistics and the output; name two files.")
     low_rank = ratio < 1 or budget is not None or bpw is not None
-    linear = weight_type(quant, have_importance=(calibration or stats) is not None and method != "svd")
+    have_importance = (calibration or stats) is not None and method != "svd"
+    linear = weight_type(quant, have_importance=have_importance)
     head = weight_type(head_quant) if head_quant else None
     if level_quant is not None and not levels:
         raise UserError("--level-quant is the type of what levels add to lower ones; give --levels too.")
-    added = weight_type(level_quant) if level_quant else None
+    added = weight_type(level_quant, have_importance=have_importance) if level_quant else None
+    if added is not None and block_size(added) > LARGEST_BLOCK:
+        raise UserError(f"--level-quant {added.name} has blocks of {block_size(added)}, which ranks seldom "
+                        f"fill; choose a type with blocks of {LARGEST_BLOCK} at most, such as Q4_0.")
     remove_rest(output)
     own = force or was_placing(output)
     check_output(output, own)

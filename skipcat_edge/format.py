@@ -15,8 +15,8 @@ the places of the first and the last level that use them (those without are used
 
     blk.N.<owner>.lr_a.FIRST.LAST.weight, .skip_mask.FIRST.LAST, blk.N.<member>.lr_b.FIRST.LAST.weight
 
-At a level, a layer is the sum of its factors that the level uses, each with a skip set of its own;
-where there are none it is its dense `.weight`, which is there if some level needs it.
+At a level, a layer is the sum of its factors that the level uses, each with a skip set of its own, and
+of a type of its own; where there are none it is its dense `.weight`, which is there if some level needs it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ _NOT_FOR_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 # ggml refuses to quantise to these without the second moments of a layer's input.
 _NEED_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
+LARGEST_BLOCK = 32
+"""Of what levels add, whose ranks are few."""
 # What corrects a projection is small beside it, and so is what rounding it loses.
-_CORRECTIONS = {"F32": "Q8_0", "F16": "Q8_0", "BF16": "Q8_0", "Q8_0": "Q4_0"}
+_CORRECTIONS = {"F16": "Q8_0", "BF16": "Q8_0", "Q8_0": "Q4_0"}
 
 
 def correction_type(type_: GGMLQuantizationType) -> GGMLQuantizationType:

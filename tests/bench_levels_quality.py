@@ -26,8 +26,9 @@ TARGETS = (1.15, 1.10)
 FILE_TARGET = 1.10
 EXPLANATION = """\
 *loss*: KL divergence from the dense F16 file in nats per token; of MiniLM 1 less the mean cosine between \
-sentence embeddings. *alone*: of a single-level file of that ratio. *reads*: share of the linear layers' \
-parameters that the level reads. *file*: bytes over those of the single-level file of the last ratio."""
+sentence embeddings. *alone*: of a single-level file of that ratio. *added*: the type of what the upper \
+level adds to the lower one's factors, first the usual one. *reads*: of the linear layers, over what they take \
+where they are dense. *file*: bytes over those of the single-level file of the last ratio."""
 
 
 def measure(bench: Bench, path: Path, level: float | None) -> float:
@@ -60,14 +61,15 @@ def main(models: tuple[str, ...], types: str, levels: str, quick: bool, out: Pat
                 f"1,200 sentences and {scale.lines} held-out ones), one file with the levels {levels}.")
     report.text(EXPLANATION)
     cache = ROOT / "build" / ("levels-quality-quick" if quick else "levels-quality")
-    names = types.split(",")
+    jobs = [(model, name) for model in models for name in types.split(",")]
     with new_progress() as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("levels", total=len(models) * len(names) * (1 + len(ratios)))
+        task = progress.add_task("levels", total=len(jobs) * (len(ratios) + 2))
         for model in models:
             bench = Bench(model, cache, scale)
             bench.prepare()
-            table = new_table("type", "level", "reads", "loss", "alone", "loss/alone", "", "file", "", left=1)
-            for name in names:
+            table = new_table("type", "added", "level", "reads", "loss", "alone", "loss/alone", "", "file",
+                              "", left=2)
+            for name in types.split(","):
                 alone, sizes = [], []
                 for ratio in ratios:
                     progress.update(task, description=f"{model} {name} {ratio:g}")
@@ -76,20 +78,24 @@ def main(models: tuple[str, ...], types: str, levels: str, quick: bool, out: Pat
                     alone.append(measure(bench, path, None))
                     sizes.append(path.stat().st_size)
                     progress.advance(task)
-                progress.update(task, description=f"{model} {name} levels")
                 path = Path(folder) / "levels.gguf"
                 options = bench.options(path, Job(model, LOW_RANK, "auto", name, ratios[-1]))
-                written = convert(replace(options, levels=ratios), quiet)
-                size = path.stat().st_size / sizes[-1]
-                for place, (level, own) in enumerate(zip(written.levels, alone, strict=True)):
-                    last = place == len(ratios) - 1
-                    loss = measure(bench, path, level.ratio)
-                    met = loss / own <= TARGETS[last]
-                    table.add_row(name, f"{level.ratio:g}", f"{level.kept:.3f}", f"{loss:.5f}", f"{own:.5f}",
-                                  f"{loss / own:.3f}", "met" if met else "not met",
-                                  f"{size:.3f}" if last else "",
-                                  ("met" if size <= FILE_TARGET else "not met") if last else "")
-                progress.advance(task)
+                # what is usual, and the file's own type
+                for added in dict.fromkeys((options.types.correction, options.types.linear)):
+                    progress.update(task, description=f"{model} {name} levels")
+                    written = convert(replace(options, levels=ratios,
+                                              types=replace(options.types, added=added)), quiet)
+                    size = path.stat().st_size / sizes[-1]
+                    for place, (level, own) in enumerate(zip(written.levels, alone, strict=True)):
+                        last = place == len(ratios) - 1
+                        loss = measure(bench, path, level.ratio)
+                        met = loss / own <= TARGETS[last]
+                        table.add_row(name, added.name, f"{level.ratio:g}", f"{level.read:.3f}",
+                                      f"{loss:.5f}", f"{own:.5f}",
+                                      f"{loss / own:.3f}", "met" if met else "not met",
+                                      f"{size:.3f}" if last else "",
+                                      ("met" if size <= FILE_TARGET else "not met") if last else "")
+                    progress.advance(task)
             report.heading(model)
             report.table(table)
     if out:

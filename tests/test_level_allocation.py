@@ -12,8 +12,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from scipy.optimize import linprog  # noqa: E402
 from skipcat_converter.allocation import BudgetError, allocate  # noqa: E402
-from skipcat_converter.candidates import Candidate  # noqa: E402
-from skipcat_converter.level_allocation import LevelBudgets, allocate_levels  # noqa: E402
+from skipcat_converter.candidates import Candidate, Form  # noqa: E402
+from skipcat_converter.layers import Layer  # noqa: E402
+from skipcat_converter.level_allocation import Added, LevelBudgets, allocate_levels  # noqa: E402
 from skipcat_converter.plan import Plan, PlannedOwner  # noqa: E402
 from test_allocation import decaying, layer, noise, parameters  # noqa: E402
 
@@ -41,10 +42,10 @@ def parameters_of(groups: Groups) -> dict[str, int]:
             for each in candidate.members}
 
 
-def ways(candidate: Candidate, price: float) -> Iterator[np.ndarray]:
+def ways(candidate: Candidate, price: float, noise: float) -> Iterator[np.ndarray]:
     """[read at 0, read at 1, stored, loss at 0, loss at 1] of all that two levels can make of a layer.
 
-    `price`: of a parameter that is added.
+    `price`: of a parameter that is added. `noise`: what rounding it loses, of the loss that it takes away.
     """
     m, n = candidate.m, candidate.n
     dense = m * n
@@ -70,12 +71,14 @@ def ways(candidate: Candidate, price: float) -> Iterator[np.ndarray]:
                 yield np.array([first[0], second, first[0] + second, first[1], loss(high, other)])
             if other == form and high > low and (high - low, form) in choices:
                 both = first[0] + price * cost(high - low, form)
-                yield np.array([first[0], both, both, first[1], loss(high, form)])
+                lost_again = noise * (first[1] - loss(high, form))
+                yield np.array([first[0], both, both, first[1], loss(high, form) + lost_again])
 
 
-def least_share(groups: Groups, budgets: LevelBudgets, alone: Sequence[float], price: float) -> float:
+def least_share(groups: Groups, budgets: LevelBudgets, alone: Sequence[float], price: float,
+                noise: float) -> float:
     """No choice has a lower largest share of a level's loss by what it would lose alone."""
-    columns = [list(ways(group[0][0], price)) for group in groups]
+    columns = [list(ways(group[0][0], price, noise)) for group in groups]
     table = np.array([way for found in columns for way in found]).T
     limits = np.array([*budgets.levels, budgets.file])
     shares = np.hstack([table[3:] / np.array(alone)[:, None], -np.ones((2, 1))])
@@ -111,19 +114,20 @@ def read(plan: Plan, groups: Groups, level: int, price: float) -> float:
 
 @settings(deadline=None, max_examples=8)
 @given(st.integers(0, 10_000), st.sampled_from([(0.5, 0.8), (0.6, 0.8), (0.45, 0.9)]),
-       st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([1.0, 0.5]))
+       st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([(1.0, 0.0), (0.5, 0.05)]))
 def test_no_way_through_two_levels_is_better(
-    seed: int, ratios: tuple[float, float], spare: float, price: float
+    seed: int, ratios: tuple[float, float], spare: float, smaller: tuple[float, float]
 ) -> None:
+    price, noise = smaller
     groups = some_layers(seed)
     dense = parameters_of(groups)
     total = sum(dense.values())
     budgets = LevelBudgets(tuple(ratio * total for ratio in ratios), ratios[1] * total * (1 + spare))
     alone = [float(allocate(groups, budget, parameters, GRID).loss or 0) for budget in budgets.levels]
     plan = allocate_levels(groups, budgets, parameters, GRID,
-                           added=lambda *owner: price * parameters(*owner))
+                           added=Added(lambda *owner: price * parameters(*owner), noise))
     share = max(found / own for found, own in zip(plan.level_losses, alone, strict=True))
-    least = least_share(groups, budgets, alone, price)
+    least = least_share(groups, budgets, alone, price, noise)
     # the program that may divide layers is a bound; whole ones cannot always meet it
     assert least - 1e-6 <= share <= 1.3 * least
     for level, budget in enumerate(budgets.levels):
@@ -136,10 +140,13 @@ def test_no_way_through_two_levels_is_better(
     assert {name for name in low if name not in high} == set(plan.dense_from)
 
 
-def test_losses_are_those_of_the_ranks() -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_losses_are_those_of_the_ranks(noise: float) -> None:
     groups = some_layers(4)
     total = sum(parameters_of(groups).values())
-    plan = allocate_levels(groups, LevelBudgets((0.5 * total, 0.8 * total), 0.9 * total), parameters, GRID)
+    plan = allocate_levels(groups, LevelBudgets((0.5 * total, 0.8 * total), 0.9 * total), parameters, GRID,
+                           added=Added(parameters, noise))
+    assert any(owner.added for owner in plan.owners)
     for level, found in enumerate(plan.level_losses):
         ranks, lost = used_at(plan, level), 0.0
         for candidate in (group[0][0] for group in groups):
@@ -152,7 +159,27 @@ def test_losses_are_those_of_the_ranks() -> None:
             lost += float(candidate.spectrum[rank:].sum()) if form is not None else 0.0
             if form in candidate.rounding:
                 lost += float(np.interp(rank, *candidate.rounding[form]))
+            for owner in plan.owners:
+                if owner.added and owner.members[0].tensor == name and owner.used_at(level):
+                    below = float(candidate.losses(np.array([rank - owner.rank]), owner.skip)[0])
+                    whole = float(candidate.losses(np.array([rank]), owner.skip)[0])
+                    lost += noise * (below - whole)
         assert found == pytest.approx(lost)
+
+
+def test_what_is_added_has_ranks_that_have_a_cost() -> None:
+    """Blocks of a type may be longer than the grid."""
+    groups = some_layers(4)
+    total = sum(parameters_of(groups).values())
+
+    def added(members: Sequence[Layer], rank: int, form: Form) -> float:
+        return np.inf if rank % (2 * GRID) else 0.5 * parameters(members, rank, form)
+
+    plan = allocate_levels(groups, LevelBudgets((0.5 * total, 0.8 * total), 0.9 * total), parameters, GRID,
+                           added=Added(added))
+    assert {owner.rank % (2 * GRID) for owner in plan.owners if owner.added} == {0}
+    assert {owner.rank % (2 * GRID) for owner in plan.owners if not owner.added} == {0, GRID}
+    assert np.isfinite(plan.level_losses).all()
 
 
 def test_many_layers_and_levels_come_near_each_level_alone() -> None:

@@ -16,11 +16,13 @@ from skipcat_converter.compensation import CompressedInput  # noqa: E402
 from skipcat_converter.factorize import whiten  # noqa: E402
 from skipcat_converter.layers import Layer  # noqa: E402
 from skipcat_converter.plan import PlannedOwner  # noqa: E402
+from skipcat_converter.planning import noise  # noqa: E402
 from skipcat_converter.quantized import Rounding  # noqa: E402
 from skipcat_converter.stages import (  # noqa: E402
     FittedStage,
+    LevelWeights,
+    corrections,
     fit_stage,
-    is_added_to,
     level_weights,
     mixed_input,
     stages_below,
@@ -82,15 +84,36 @@ def test_a_later_stage_takes_what_rounding_left() -> None:
     assert lost < error(C, spoilt.taken_c.numpy(), H)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_noise_of_a_correction(skip: bool) -> None:
+    """About what the allocation expects of rounding it."""
+    m, n = 96, 128
+    layers = (Layer(0, "attn_q", "model.layers.0.q", m, n),)
+    W, H = random_problem(m, n, 3)
+    stacked = torch.from_numpy(W)
+    whitening = whiten(torch.from_numpy(H))
+    own = Problem(stacked, stacked, torch.from_numpy(H), whitening.L, whitening.damping,
+                  torch.ones(m, dtype=torch.float64))
+    first, second = PlannedOwner(layers, 32, skip), PlannedOwner(layers, 32, skip, (1, 1), added=True)
+    below = fit_stage(first, own, [], GGMLQuantizationType.F32, Rounding(), last=False)
+    above = fit_stage(second, own, [below], GGMLQuantizationType.Q4_0, Rounding(), last=True)
+    lost = error(W, (below.taken_w + above.taken_w).double().numpy(), H) - best_error(W, H, 64)
+    taken = best_error(W, H, 32) - best_error(W, H, 64)
+    assert 0.4 < lost / taken / noise(GGMLQuantizationType.Q4_0) < 2.5
+
+
 def test_what_a_level_uses_already() -> None:
     grown = stages(True, 8, 8, 8)
     assert [stages_below(owner, grown) for owner in grown] == [[], grown[:1], grown[:2]]
-    assert [is_added_to(owner, grown) for owner in grown] == [True, True, False]
+    levels = range(3)
+    assert [corrections(owner, grown, levels) for owner in grown] == [
+        {0: 0, 1: 1, 2: 2}, {0: 0, 1: 0, 2: 1}, {0: 0, 1: 0, 2: 0}]
     replaced = [PlannedOwner(LAYERS, 8, True, (0, 0)), PlannedOwner(LAYERS, 16, True, (1, 2))]
     assert [stages_below(owner, replaced) for owner in replaced] == [[], []]
-    assert not any(is_added_to(owner, replaced) for owner in replaced)
+    assert not any(any(corrections(owner, replaced, range(owner.levels[0], owner.levels[1] + 1)).values())
+                   for owner in replaced)
     alone = [PlannedOwner(LAYERS, 8, True)]
-    assert not is_added_to(alone[0], alone)
+    assert corrections(alone[0], alone, range(1)) == {0: 0}
 
 
 @settings(deadline=None, max_examples=15)
@@ -106,7 +129,7 @@ def test_mixed_inputs_weigh_the_levels(seed: int, weight: float) -> None:
         inputs[level] = CompressedInput(torch.from_numpy(y.T @ y / len(y)), torch.from_numpy(M), 1.0)
         rows.append(np.sqrt(scale) * y)
         targets.append(np.sqrt(scale) * y @ (W @ M).T)
-    mixed = mixed_input(inputs, [1.0, weight])
+    mixed = mixed_input(inputs, {0: 1.0, 1: weight})
     expected = np.linalg.lstsq(np.vstack(rows), np.vstack(targets), rcond=None)[0].T
     H = sum(row.T @ row for row in rows) / 200 / (1 + weight)
     assert np.allclose(mixed.H.numpy(), H)
@@ -117,16 +140,20 @@ def test_mixed_inputs_weigh_the_levels(seed: int, weight: float) -> None:
 
 def test_one_level_is_itself() -> None:
     own = CompressedInput(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 0.5)
-    assert mixed_input({2: own}, [1.0, 1.0, 1.0]) is own
+    assert mixed_input({2: own}, {2: 1.0}) is own
 
 
 def test_levels_count_by_what_they_lose() -> None:
     same = level_weights([0.4, 0.1], False)
     assert same.levels == 2 and same.shared == pytest.approx([6.25, 100.0])
-    assert same.added_to[0] == same.added_to[1]
+    assert same.of({0: 0, 1: 0}) == {0: same.shared[0], 1: same.shared[1]}
+    assert same.of({0: 0, 1: 1}) == {0: 1.0, 1: 1.0}
     smaller = level_weights([0.4, 0.1], True)
     assert smaller.shared == pytest.approx([2.5, 10.0])
-    assert smaller.added_to[0] > smaller.added_to[1] > 0
+    assert smaller.of({1: 0}) == {1: smaller.shared[1]}
+    # of three levels, the second uses the factors as the first does
+    found = LevelWeights((1.0, 2.0, 3.0), smaller.corrected).of({0: 0, 1: 0, 2: 1})
+    assert found[0] == found[1] > found[2] > 0
     # a level that loses nothing has not all the weight, nor one of a model that loses nothing
     assert level_weights([0.5, 0.0], False).shared == pytest.approx([4.0, 4e6])
     nothing = level_weights([0.0, 0.0], True).shared

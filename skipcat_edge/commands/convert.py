@@ -32,7 +32,7 @@ ALLOCATIONS = ("loss", "uniform", "energy", "flrc")
               help="With --levels: how much larger the file may be than one of its last level alone.")
 @click.option("--level-quant",
               help="With --levels: ggml type of what a level adds to lower ones.  [default: Q8_0 in F16 and "
-                   "F32, Q4_0 in Q8_0, else as --quant]")
+                   "BF16, Q4_0 in Q8_0, else as --quant]")
 @click.option("--quant", default="Q8_0", show_default=True, help="ggml type of the linear layers.")
 @click.option("--head-quant",
               help="ggml type of token embeddings and output head.  [default: as in the base file]")
@@ -146,7 +146,7 @@ def _report(output: Path, result: ConvertResult) -> None:
         click.echo(f"the linear layers keep {result.kept:.4f} of their parameters, in "
                    f"{len(result.owners)} low-rank projections")
         for level in result.levels:
-            click.echo(f"level {level.ratio:g} reads {level.kept:.4f} of them; "
+            click.echo(f"level {level.ratio:g} reads {level.read:.4f} of what the dense layers take; "
                        f"predicted loss {level.loss:.4g}")
         click.echo(f"largest relative error of a projection: {worst.error:.4f} "
                    f"(block {worst.owner.block} {worst.owner.name}); "

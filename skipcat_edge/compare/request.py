@@ -122,7 +122,8 @@ def _given(request: Request) -> list[Entry]:
     for path, name, label in zip(request.files, names, short_labels([*map(_stem, names)]), strict=True):
         inspection = inspect(path)
         types = Counter(layer.type for layer in inspection.dense_layers)
-        for owner in inspection.owners:
+        # what a level adds may be of a smaller type
+        for owner in (owner for owner in inspection.owners if owner.used_at(0)):
             types.update(member.type.name for member in owner.members)
         found.append(Entry(
             path, Kind.LOW_RANK if inspection.owners else Kind.OTHER, label,
