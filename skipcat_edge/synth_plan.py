@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def kept(self) -> float:
-        """The ratio that was reached: linear parameters over those of the dense model."""
+        """The ratio that was reached: linear parameters over those of the dense model; see `kept_at`."""
         return self.kept_at(len(self.levels))
 
     def kept_at(self, level: int) -> float:

@@ -27,8 +27,8 @@ FILE_TARGET = 1.10
 EXPLANATION = """\
 *loss*: KL divergence from the dense F16 file in nats per token; of MiniLM 1 less the mean cosine between \
 sentence embeddings. *alone*: of a single-level file of that ratio. *added*: the type of what the upper \
-level adds to the lower one's factors, first the usual one. *reads*: of the linear layers, over what they take \
-where they are dense. *file*: bytes over those of the single-level file of the last ratio."""
+level adds to the lower one's factors, first the usual one. *reads*: of the linear layers, over what they \
+take where they are dense. *file*: bytes over those of the single-level file of the last ratio."""
 
 
 def measure(bench: Bench, path: Path, level: float | None) -> float:
