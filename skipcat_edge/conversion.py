@@ -44,7 +44,8 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         bpw: bits per dense weight of the linear layers instead.
         levels: rising ratios of a file whose speed can be changed while it runs; the last is that of the
             whole file. `level_overhead`: how much larger it may be than one of its last level alone, as
-            a share. `level_quant`: type of what a level adds to lower ones (None: by weight_types).
+            a share. `level_quant`: type of what a level adds to lower ones (None: what is usual
+            with `quant`).
         quant: ggml type of the linear layers; `head_quant` of embeddings and head (None: as in `base`).
         method: `auto`, or one of factorize.METHODS; `allocation` and `rounding` as in `convert --help`.
         calibration: a text that shows which inputs matter; needed below ratio 1 unless `stats` exists.
