@@ -91,7 +91,7 @@ def obtain_statistics(
         raise UserError(f"{model.name} has no linear layers that the runtime factors.")
     provenance = replace(expected, text_sha256=calibration.sha256, tokens=calibration.tokens)
     with_output = set() if not options.gradients else {
-        layer.tensor for group in layers.groups for layer in group
+        layer.tensor for layer in layers.members
         if linear_weight(model.module.get_submodule(layer.module), layer) is not None
     }
     with (

@@ -250,7 +250,7 @@ def open_compensation(
 ) -> Compensation | str:
     """The flows at block `start`, or why there are none. `weights`: some block's W by tensor; `job` and what
     follows as Compensation takes it."""
-    wanted = [layer for group in layers.groups for layer in group]
+    wanted = layers.members
     chain = find_chain(model, wanted, calibration.batches[0])
     if chain is None:
         return "the model's blocks are no plain chain"

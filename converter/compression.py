@@ -222,10 +222,10 @@ class Compressor:
         inputs = [flow.input_of(group) for flow in self.compensation]
 
         @cache  # members of a group are often fitted to the same levels
-        def mixed(corrections: _Corrections) -> CompressedInput | None:
+        def mixed(added_to: _Corrections) -> CompressedInput | None:
             if not inputs:
                 return None
-            weights = self.level_weights.of(dict(corrections))
+            weights = self.level_weights.of(dict(added_to))
             return mixed_input({level: inputs[level] for level in weights}, weights)
 
         stored: dict[str, list[tuple[range, torch.Tensor]]] = {layer.tensor: [] for layer in group}

@@ -50,6 +50,11 @@ class LayerMap:
     dense: dict[str, str]
     """Tensor name -> why it stays dense."""
 
+    @property
+    def members(self) -> list[Layer]:
+        """Those of all groups."""
+        return [layer for group in self.groups for layer in group]
+
 
 def map_layers(reader: GGUFReader, module: torch.nn.Module, tree: Path) -> LayerMap:
     """Pair the block matrices of a base GGUF with the modules of its Hugging Face model.

@@ -44,7 +44,7 @@ from .memory import (
 from .metadata import calibration_keys, metadata
 from .options import ConvertOptions, ConvertResult, LevelResult
 from .plan import Plan, plan_from_json, plan_to_json, plan_uniform
-from .planning import Budget, make_level_plan, make_plan, measure_groups, read_share
+from .planning import Budget, kept_share, make_level_plan, make_plan, measure_groups
 from .quantized import Rounding
 from .source_model import SourceModel
 from .stages import level_weights
@@ -127,10 +127,10 @@ def convert(
             options, reader, layers, compressor, phase, measured)
         result.dense = {} if options.dense else {**layers.dense, **plan.dense}
         last = max(0, len(options.levels) - 1)
-        result.kept = _kept(layers, plan, last)
+        result.kept = kept_share(layers.members, plan, last)
         if plan.level_losses:
-            factored = [layer for group in layers.groups for layer in group]
-            read = (read_share(factored, plan, level, options.types) for level in range(len(options.levels)))
+            read = (kept_share(layers.members, plan, level, options.types)
+                    for level in range(len(options.levels)))
             result.levels = tuple(LevelResult(*level) for level in zip(
                 options.levels, read, plan.level_losses, strict=True))
             compressor.level_weights = level_weights(
@@ -262,7 +262,7 @@ def _plan(
 ) -> Plan:
     type_, method = options.types.linear, options.method
     allocation = options.allocation or method.allocation
-    narrowest = min((layer.n for group in layers.groups for layer in group), default=1)
+    narrowest = min((layer.n for layer in layers.members), default=1)
     grid = options.grid or fmt.rank_grid(type_, narrowest)
     by_ratio = options.budget is None and options.bpw is None
     if allocation == "uniform" and by_ratio and method.share is not None and method.skip is not None:
@@ -308,20 +308,9 @@ def _fixed_bytes(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) 
 
 
 def _fixed_tensors(options: ConvertOptions, reader: GGUFReader, layers: LayerMap) -> int:
-    factored = {layer.tensor for group in layers.groups for layer in group}
+    factored = {layer.tensor for layer in layers.members}
     slots = make_layout(reader, [], options.types).slots()
     return sum(slot.padded_bytes(reader.alignment) for slot in slots if slot.name not in factored)
-
-
-def _kept(layers: LayerMap, plan: Plan, level: int) -> float:
-    """What the level uses, over the dense parameters."""
-    wanted = [layer for group in layers.groups for layer in group]
-    total = sum(layer.m * layer.n for layer in wanted)
-    used = [owner for owner in plan.owners if owner.used_at(level)]
-    factored = {layer.tensor for owner in used for layer in owner.members}
-    read = sum(owner.parameters for owner in used)
-    read += sum(layer.m * layer.n for layer in wanted if layer.tensor not in factored)
-    return 1 - (total - read) / total if total else 1.0
 
 
 def _write(
@@ -332,7 +321,7 @@ def _write(
     if plan.owners:
         # what was asked; what came out where bytes were asked for
         by_ratio = options.budget is None and options.bpw is None
-        ratio = options.ratio if by_ratio else _kept(layers, plan, 0)
+        ratio = options.ratio if by_ratio else kept_share(layers.members, plan, 0)
         keys = metadata(options, layers, compressor.statistics, ratio, plan.level_losses)
     else:
         architecture = str(fmt.field_value(reader, fmt.KEY_ARCHITECTURE))

@@ -160,7 +160,7 @@ def make_level_plan(
     factored. Raises UnreachableError if the first ratio is below the lowest that there is.
     """
     layers, type_ = _layers(groups), types.linear
-    cost, _ = cost_of(Budget("ratio", levels[0]), layers, type_)
+    cost = _parameters
     added = Added(_added_cost(cost, types), max(0.0, noise(types.correction) - noise(type_)))
     total = cost_of_all(layers, cost)
     grid = grid or fmt.rank_grid(type_, min(layer.n for layer in layers))
@@ -205,15 +205,13 @@ def cost_of(
         return _bytes_cost(type_), budget.value - budget.fixed_bytes
     if budget.kind == "bpw":
         return _bytes_cost(type_), budget.value / 8 * parameters_of_all
+    return _parameters, budget.value * parameters_of_all
 
-    def parameters(members: Sequence[Layer], rank: int, form: Form) -> float:
-        dense = sum(layer.m * layer.n for layer in members)
-        if form is None:
-            return dense
-        m, n = sum(layer.m for layer in members), members[0].n
-        return fmt.factor_parameters(m, n, rank, form)
 
-    return parameters, budget.value * parameters_of_all
+def _parameters(members: Sequence[Layer], rank: int, form: Form) -> float:
+    if form is None:
+        return sum(layer.m * layer.n for layer in members)
+    return fmt.factor_parameters(sum(layer.m for layer in members), members[0].n, rank, form)
 
 
 def cost_of_all(layers: Sequence[Layer], cost: Cost) -> float:
@@ -252,14 +250,15 @@ def _added_cost(cost: Cost, types: OutputTypes) -> Cost:
     return scaled
 
 
-def read_share(layers: Sequence[Layer], plan: Plan, level: int, types: OutputTypes) -> float:
-    """What a level reads of `layers`, over their dense parameters; what it adds counts by its bytes."""
-    cost, total = cost_of(Budget("ratio", 1.0), layers, types.linear)
-    added = _added_cost(cost, types)
+def kept_share(layers: Sequence[Layer], plan: Plan, level: int, types: OutputTypes | None = None) -> float:
+    """What a level uses of the parameters of `layers`. `types`: what it adds counts by its bytes."""
+    added = _parameters if types is None else _added_cost(_parameters, types)
     used = [owner for owner in plan.owners if owner.used_at(level)]
     factored = {layer.tensor for owner in used for layer in owner.members}
-    read = sum((added if owner.added else cost)(owner.members, owner.rank, owner.skip) for owner in used)
-    read += sum(layer.m * layer.n for layer in layers if layer.tensor not in factored)
+    read = sum((added if owner.added else _parameters)(owner.members, owner.rank, owner.skip)
+               for owner in used)
+    read += cost_of_all([layer for layer in layers if layer.tensor not in factored], _parameters)
+    total = cost_of_all(layers, _parameters)
     return 1 - (total - read) / total if total else 1.0
 
 

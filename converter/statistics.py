@@ -50,7 +50,7 @@ def block_statistics(
     by_block: dict[int, list[Layer]] = {}
     for group in layers.groups:
         by_block.setdefault(group[0].index, []).extend(group)
-    wanted = [layer for group in layers.groups for layer in group]
+    wanted = layers.members
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
     chain = find_chain(model, wanted, calibration.batches[0])
@@ -219,7 +219,7 @@ def split_by_input(model: SourceModel, layers: LayerMap, calibration: Calibratio
     inputs: dict[str, torch.Tensor] = {}
     batch = calibration.batches[-1]
     with ExitStack() as stack:
-        for layer in (layer for group in layers.groups for layer in group):
+        for layer in layers.members:
 
             def hook(_: torch.nn.Module, args: tuple[Any, ...], tensor: str = layer.tensor) -> None:
                 inputs[tensor] = args[0]

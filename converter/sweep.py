@@ -65,7 +65,7 @@ def sweep(
                                        phase)
         layers = statistics.layers
         weights = Weights.of(reader, layers.groups, "cpu")
-        elements = sum(layer.m * layer.n for group in layers.groups for layer in group)
+        elements = sum(layer.m * layer.n for layer in layers.members)
         with phase("Measuring layers", len(types) * len(layers.groups)) as advance:
             for type_ in types:
                 groups = measure_groups(layers, weights.block, statistics.block, type_, method, Rounding(),
