@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import struct
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,26 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, GGUFWriter
 from gguf import GGMLQuantizationType as Type
 
 _NUMPY_TYPES = {np.dtype(np.float32): Type.F32, np.dtype(np.float16): Type.F16, np.dtype(np.int32): Type.I32}
+
+
+@lru_cache(maxsize=64)
+def _packed_strings(strings: tuple[str | bytes, ...]) -> bytes:
+    encoded = [string.encode() if isinstance(string, str) else string for string in strings]
+    return b"".join(struct.pack("<Q", len(each)) + each for each in encoded)
+
+
+class _Writer(GGUFWriter):
+    """Packs arrays at once: thousands of files repeat one vocabulary."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        format_ = self._simple_value_packing.get(sub_type)
+        if vtype != GGUFValueType.ARRAY or not (format_ or sub_type == GGUFValueType.STRING) or not val:
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        head = struct.pack("<I", vtype) if add_vtype else b""
+        items = struct.pack(f"<{len(val)}{format_}", *val) if format_ else _packed_strings(tuple(val))
+        return head + struct.pack("<IQ", sub_type, len(val)) + items
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,12 @@ class GGUF:
 
     def to_bytes(self) -> bytes:
         """What `write` writes."""
-        with tempfile.TemporaryDirectory() as directory:
-            return self.write(Path(directory) / "file.gguf").read_bytes()
+        with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+            return self.write(Path(file.name)).read_bytes()
 
     def write(self, path: Path) -> Path:
         """Write `path`; the tensors' offsets follow from the sizes of their data."""
-        writer = GGUFWriter(path, arch="")  # no architecture of its own: it is one of the keys
+        writer = _Writer(path, arch="")  # no architecture of its own: it is one of the keys
         for name, (value, type_, item) in self.keys.items():
             writer.add_key_value(name, value, type_, item)
         # Only "general.alignment" moves data, and no file of this project has it.

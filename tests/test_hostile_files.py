@@ -80,6 +80,7 @@ def harness() -> Path:
         raise
 
 
+@pytest.fixture(scope="module")
 def every_mutation() -> list[Mutation]:
     found: list[Mutation] = []
     for name, make in SEEDS.items():
@@ -103,7 +104,9 @@ def in_batches(chosen: list[Mutation], directory: Path, use: Callable[[dict[Path
 
 
 @pytest.fixture(scope="module")
-def outcomes(harness: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+def outcomes(
+    harness: Path, every_mutation: list[Mutation], tmp_path_factory: pytest.TempPathFactory
+) -> list[Outcome]:
     found: list[Outcome] = []
 
     def load(paths: dict[Path, Mutation]) -> None:
@@ -112,7 +115,7 @@ def outcomes(harness: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ou
             brief = Mutation(mutation.kind, mutation.name, b"", mutation.names, mutation.refused)
             found.append(Outcome(brief, len(mutation.data), verdicts[path]))
 
-    in_batches(every_mutation(), tmp_path_factory.mktemp("hostile"), load)
+    in_batches(every_mutation, tmp_path_factory.mktemp("hostile"), load)
     return found
 
 
@@ -165,7 +168,7 @@ def complaint(outcome: Outcome) -> str:
     return ""
 
 
-def test_python_reads_or_refuses_one_in_five(tmp_path: Path) -> None:
+def test_python_reads_or_refuses_one_in_five(every_mutation: list[Mutation], tmp_path: Path) -> None:
     """Our own reader says in a sentence what is wrong with a file, or reads it."""
     failures: list[str] = []
 
@@ -180,14 +183,13 @@ def test_python_reads_or_refuses_one_in_five(tmp_path: Path) -> None:
             except Exception as error:
                 failures.append(f"{mutation.name}: {type(error).__name__}: {error}")
 
-    in_batches(every_mutation()[::5], tmp_path, read)
+    in_batches(every_mutation[::5], tmp_path, read)
     assert not failures, f"{len(failures)} of them:\n" + "\n".join(failures[:20])
 
 
-def test_the_command_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
-    """The same through the command line, for some of each kind."""
-    all_of_them = every_mutation()
-    chosen = [next(m for m in all_of_them if m.kind == kind) for kind in KINDS]
+def test_the_command_ends_with_2_and_a_sentence(every_mutation: list[Mutation], tmp_path: Path) -> None:
+    """The same through the command line, for one of each kind."""
+    chosen = [next(m for m in every_mutation if m.kind == kind) for kind in KINDS]
 
     def read(paths: dict[Path, Mutation]) -> None:
         for path in paths:
