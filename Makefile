@@ -79,9 +79,9 @@ FUZZ_SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
 
-# Under 20 minutes on two cores; `make test` runs the tests that are marked so too.
+# Under 20 minutes on two cores; `make test` runs the tests that are marked so too, with fewer kills.
 test-trust: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m trust -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m trust --thorough -rs
 	$(BIN)/python tests/fuzz.py --seconds 240
 
 lint: setup

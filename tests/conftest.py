@@ -13,6 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true",
+                     help="every kill that `make test-trust` makes, not a sample of them")
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether tests that take a sample by default take all there is."""
+    return bool(pytestconfig.getoption("thorough"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of test models and texts that are not part of the repository."""

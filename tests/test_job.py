@@ -153,10 +153,15 @@ def test_killed_at_random_points(
 
 @pytest.mark.trust
 @pytest.mark.slow
-def test_killed_at_every_point(worker: Worker, tmp_path: Path) -> None:
-    """Once before each event of a conversion, and once more in what then goes on."""
+def test_killed_at_every_point(
+    worker: Worker, tmp_path: Path, thorough: bool, record_property: Any
+) -> None:
+    """Once before each event of a conversion, and once more in what then goes on; by default before every
+    eighth."""
     expected, events = worker.whole(tmp_path / "whole" / "out.gguf", {})
-    for event in range(1, events + 1):
+    chosen = range(1, events + 1, 1 if thorough else 8)
+    record_property("shown", f"before {len(chosen)} of {events} events")
+    for event in chosen:
         out = tmp_path / f"{event}" / "out.gguf"
         out.parent.mkdir()
         assert worker.attempt(out, {}, event=event)["killed"]
