@@ -170,7 +170,10 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
         card=card_path(output), force=force, restart="yes" if restart else "no", allow_pickle=allow_pickle,
         executor=executor, device_map=device_map, max_memory=max_memory,
     )
-    return run(options, phase, say=warn)
+    result = run(options, phase, say=warn)
+    if added is not None and not any(report.owner.added for report in result.owners):
+        warn(f"No level adds to the factors of a lower one: nothing is of --level-quant {added.name}.")
+    return result
 
 
 def _check_levels(levels: tuple[float, ...], ratio: float | None, overhead: float) -> None:

@@ -208,3 +208,17 @@ def test_what_the_command_says(demo_dense_gguf: Path, tmp_path: Path) -> None:
     assert "level 0.8 reads 0.7" in result.output or "level 0.8 reads 0.8000" in result.output
     owners = fmt.read_owners(GGUFReader(out))
     assert types_of([owner for owner in owners if is_added(owner, owners)]) == {"Q4_0"}
+    assert "No level adds" not in result.output
+
+
+def test_says_where_no_level_adds_to_another(demo_dense_gguf: Path, tmp_path: Path) -> None:
+    """The file may hold a copy of everything for each level."""
+    out = tmp_path / "out.gguf"
+    result = run(DEMO / "model", "-o", out, "--base", demo_dense_gguf, "--calibration", TEXT, "--levels",
+                 "0.3,0.9", "--calib-tokens", "1500", "--no-compensation", "--quant", "Q4_0", "--level-quant",
+                 "Q8_0", "--level-overhead", "2")
+    assert result.exit_code == 0, result.output
+    owners = fmt.read_owners(GGUFReader(out))
+    assert len(owners) > 1 and not any(is_added(owner, owners) for owner in owners)
+    assert "No level adds to the factors of a lower one: nothing is of --level-quant Q8_0." in \
+        result.output
