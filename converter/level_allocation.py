@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
-from scipy.optimize import LinearConstraint, linprog, milp
+from scipy.optimize import LinearConstraint, OptimizeResult, linprog, milp
 
 from skipcat_edge.format import Levels
 
@@ -28,7 +28,11 @@ _ROUNDS = 200
 _TIE = 0.05
 _TOLERANCE = 1e-5
 _NEARBY = (0.5, 0.75, 1.3, 2.0)
-_MILP = {"node_limit": 200, "mip_rel_gap": 5e-3}
+# A choice in whole numbers is sought among ways whose loss at the program's prices is at most so much more
+# than that of the best, as a share of the whole; and among more where it is not near to the program's own.
+_SLACK = (0.002, 0.02, np.inf)
+_NEAR = 1.02
+_NODES, _GAP = 1000, 5e-3
 
 
 @dataclass(frozen=True)
@@ -305,26 +309,43 @@ class _Program:
 
     def prices(self) -> tuple[_Prices, np.ndarray]:
         """The program's prices, and what each group's choice is worth at them."""
-        found = linprog(self.goal, A_ub=self.upper, b_ub=self.bounds, A_eq=self.choice,
-                        b_eq=np.ones(len(self.choice)), method="highs")
-        if found.status != 0:
-            raise ValueError(f"the allocation of levels has no solution: {found.message}")
+        found = self._divided()
         levels = len(self.alone)
         marginals = np.maximum(-found.ineqlin.marginals, 0.0)
         loss = (marginals[:levels] + _TIE / levels) / self.alone
         costs = marginals[levels:] / self.limits
         return _Prices(loss, costs[:-1], float(costs[-1])), np.asarray(found.eqlin.marginals)
 
-    def whole(self) -> list[_Way]:
-        """The best choice."""
-        count = len(self.ways)
-        found = milp(self.goal, constraints=[
-            LinearConstraint(self.upper, -np.inf, self.bounds),
-            LinearConstraint(self.choice, 1.0, 1.0),
-        ], integrality=np.append(np.ones(count), 0), options=_MILP)
-        if found.x is None:
+    def _divided(self) -> OptimizeResult:
+        """The linear program's solution, in which groups may be divided between ways."""
+        found = linprog(self.goal, A_ub=self.upper, b_ub=self.bounds, A_eq=self.choice,
+                        b_eq=np.ones(len(self.choice)), method="highs")
+        if found.status != 0:
             raise ValueError(f"the allocation of levels has no solution: {found.message}")
-        return [way for way, taken in zip(self.ways, found.x[:count], strict=True) if taken > 0.5]
+        return found
+
+    def whole(self) -> list[_Way]:
+        """The best choice in whole numbers, or nearly."""
+        found = self._divided()
+        more = found.lower.marginals[:-1]  # what taking a way loses, at the program's prices
+        _, different = np.unique(np.vstack([self.upper, self.choice])[:, :-1], axis=1, return_index=True)
+        least, chosen = np.inf, None
+        for slack in _SLACK:
+            few = np.sort(different[more[different] <= slack * found.fun])
+            kept = np.append(few, len(self.ways))
+            whole = milp(
+                self.goal[kept], integrality=np.append(np.ones(len(few)), 0),
+                constraints=[LinearConstraint(self.upper[:, kept], -np.inf, self.bounds),
+                             LinearConstraint(self.choice[:, kept], 1.0, 1.0)],
+                options={"node_limit": _NODES, "mip_rel_gap": _GAP},
+            )
+            if whole.x is not None and whole.fun < least:
+                least, chosen = whole.fun, few[whole.x[:-1] > 0.5]
+            if least <= _NEAR * found.fun:
+                break
+        if chosen is None:
+            raise ValueError(f"the allocation of levels has no solution: {whole.message}")
+        return [self.ways[i] for i in chosen]
 
 
 def _plan(ways: Sequence[_Way], levels: int, noise: float) -> Plan:
