@@ -81,7 +81,7 @@ fuzz: setup
 
 # Under 20 minutes on two cores; `make test` runs the tests that are marked so too, with fewer kills.
 test-trust: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m trust --thorough -rs
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m trust --thorough -rs -n auto --dist loadfile
 	$(BIN)/python tests/fuzz.py --seconds 240
 
 lint: setup
