@@ -331,7 +331,9 @@ class _Program:
         _, different = np.unique(np.vstack([self.upper, self.choice])[:, :-1], axis=1, return_index=True)
         least, chosen = np.inf, None
         for slack in _SLACK:
-            few = np.sort(different[more[different] <= slack * found.fun])
+            # no choice that is better than one that is known has a way that loses more than what is between
+            room = min(slack * max(found.fun, 1e-12), least - found.fun + 1e-9)
+            few = np.sort(different[more[different] <= room])
             kept = np.append(few, len(self.ways))
             whole = milp(
                 self.goal[kept], integrality=np.append(np.ones(len(few)), 0),

@@ -172,7 +172,7 @@ def convert(source: str | Path, output: str | Path, *, ratio: float | None = Non
     )
     result = run(options, phase, say=warn)
     if added is not None and not any(report.owner.added for report in result.owners):
-        warn(f"No level adds to the factors of a lower one: nothing is of --level-quant {added.name}.")
+        warn(f"No level adds to the factors of a lower one: --level-quant {added.name} is not used.")
     return result
 
 

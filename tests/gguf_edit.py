@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 _NUMPY_TYPES = {np.dtype(np.float32): Type.F32, np.dtype(np.float16): Type.F16, np.dtype(np.int32): Type.I32}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _packed_strings(strings: tuple[str | bytes, ...]) -> bytes:
     encoded = [string.encode() if isinstance(string, str) else string for string in strings]
     return b"".join(struct.pack("<Q", len(each)) + each for each in encoded)

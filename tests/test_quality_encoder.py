@@ -66,7 +66,9 @@ def encoder(
     def cosine(method: str, ratio: float, quant: str = "F16", **options: Any) -> float:
         convert_model(minilm, out, base=dense, method=method, ratio=ratio, quant=quant, force=True,
                       calibration=calibration, stats=folder / "statistics", **options)
-        return float((embeddings(out, sentences[:500]) * expected).sum(1).mean())
+        found = float((embeddings(out, sentences[:500]) * expected).sum(1).mean())
+        assert np.isfinite(found)
+        return found
 
     # whose statistics, with both sides, the other methods share
     first = cosine("auto", 0.9, compensate=False)
