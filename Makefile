@@ -66,8 +66,9 @@ demo: setup
 	$(BIN)/skipcat-edge bench $(BUILD)/dense.gguf $(BUILD)/skipcat.gguf --repetitions 5
 
 # A process per core and file of tests; where each also had a thread per core, they would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -rs -n auto --dist loadfile
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -rs --durations=12 -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --durations=12 --no-loadscope-reorder
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not native and not arm"
@@ -81,7 +82,7 @@ fuzz: setup
 
 # Under 20 minutes on two cores; `make test` runs the tests that are marked so too, with fewer kills.
 test-trust: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m trust --thorough -rs -n auto --dist loadfile
+	$(PYTEST) -m trust --thorough
 	$(BIN)/python tests/fuzz.py --seconds 240
 
 lint: setup

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hostile_build import CLANG, COVERAGE, ROOT, BuildFailedError, build
-from hostile_files import mutations
+from hostile_files import every_mutation
 from hostile_run import run_harness
 from hostile_seeds import SEEDS, plain_file
 
@@ -158,11 +158,9 @@ def damaged_files() -> list[Path]:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     paths = []
-    for name, make in SEEDS.items():
-        file = make()
-        for i, mutation in enumerate(mutations(name, file, file.to_bytes())):
-            paths.append(directory / f"{name}-{i}.gguf")
-            paths[-1].write_bytes(mutation.data)
+    for i, mutation in enumerate(every_mutation()):
+        paths.append(directory / f"{i}.gguf")
+        paths[-1].write_bytes(mutation.data)
     return paths
 
 

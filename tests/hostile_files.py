@@ -31,6 +31,7 @@ from hostile_edits import (
     swapped,
     vocabularies,
 )
+from hostile_seeds import SEEDS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Mutation:
     """One of these must be in the refusal; `ANY` asks for some name."""
     refused: bool
     """Whether it must be refused at all."""
+
+
+def every_mutation() -> Iterator[Mutation]:
+    """All mutations of all sound files."""
+    for name, make in SEEDS.items():
+        file = make()
+        yield from mutations(name, file, file.to_bytes())
 
 
 def mutations(name: str, file: GGUF, data: bytes) -> Iterator[Mutation]:

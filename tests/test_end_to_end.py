@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="the converter needs torch")
 pytestmark = pytest.mark.runtime
 
 TEXT = DEMO / "calibration.txt"
-TOKENS = "--calib-tokens", 12_000
+OPTIONS = "--quant", "Q8_0", "--calibration", TEXT, "--calib-tokens", 12_000
 
 
 def run(*arguments: object, stdin: str | None = None) -> str:
@@ -33,13 +33,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("end-to-end")
     dense, low_rank = folder / "dense.gguf", folder / "skipcat.gguf"
     run("convert", DEMO / "model", "-o", dense, "--ratio", 1, "--quant", "Q8_0")
-    run("convert", DEMO / "model", "-o", low_rank, "--quant", "Q8_0", "--calibration", TEXT, *TOKENS)
+    run("convert", DEMO / "model", "-o", low_rank, *OPTIONS)
     return dense, low_rank
 
 
 def test_a_second_run_gives_the_same_bytes(files: tuple[Path, Path], tmp_path: Path) -> None:
     again = tmp_path / "skipcat.gguf"
-    run("convert", DEMO / "model", "-o", again, "--quant", "Q8_0", "--calibration", TEXT, *TOKENS)
+    run("convert", DEMO / "model", "-o", again, *OPTIONS)
     assert again.read_bytes() == files[1].read_bytes()
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile_files
 import pytest
 from click.testing import CliRunner
 from hostile_build import CLANG, GCC, BuildFailedError, build
-from hostile_files import Mutation, mutations
+from hostile_files import Mutation
 from hostile_run import RUNTIME_BYTES, VOCABULARY_BYTES, Verdict, run_harness
 from hostile_seeds import SEEDS, plain_file
 
@@ -82,11 +83,7 @@ def harness() -> Path:
 
 @pytest.fixture(scope="module")
 def every_mutation() -> list[Mutation]:
-    found: list[Mutation] = []
-    for name, make in SEEDS.items():
-        file = make()
-        found += mutations(name, file, file.to_bytes())
-    return found
+    return list(hostile_files.every_mutation())
 
 
 def in_batches(chosen: list[Mutation], directory: Path, use: Callable[[dict[Path, Mutation]], None]) -> None:

@@ -157,7 +157,7 @@ def test_killed_at_every_point(
     worker: Worker, tmp_path: Path, thorough: bool, record_property: Any
 ) -> None:
     """Once before each event of a conversion, and once more in what then goes on; by default before every
-    seventh; writing a file has four."""
+    seventh, which meets each of the four that writing a file has."""
     expected, events = worker.whole(tmp_path / "whole" / "out.gguf", {})
     chosen = range(1, events + 1, 1 if thorough else 7)
     record_property("shown", f"before {len(chosen)} of {events} events")

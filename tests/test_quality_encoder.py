@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,11 +40,8 @@ def minilm() -> Path:
 
 def embeddings(path: Path, sentences: list[str]) -> np.ndarray:
     """Of length 1: [sentences, embedding]."""
-    llama = open_embedding(path, 512)
-    try:
+    with closing(open_embedding(path, 512)) as llama:
         return embed(llama, sentences)
-    finally:
-        llama.close()
 
 
 @pytest.fixture(scope="module")
