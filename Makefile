@@ -65,16 +65,17 @@ demo: setup
 	@$(BIN)/python $(DEMO)/show.py $(BUILD)/dense.gguf $(BUILD)/skipcat.gguf
 	$(BIN)/skipcat-edge bench $(BUILD)/dense.gguf $(BUILD)/skipcat.gguf --repetitions 5
 
-# A process per core and file of tests; where each also had a thread per core, they would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -rs -n auto --dist loadfile
+# A process per core; where each also had a thread per core, they would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -rs -n auto --durations=12
+BY_FILE := --dist loadfile --no-loadscope-reorder
 test: setup
-	$(PYTEST) --durations=12 --no-loadscope-reorder
+	$(PYTEST) $(BY_FILE)
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not native and not arm"
 
 test-arm: setup
-	$(BIN)/python -m pytest -m arm -rs tests/test_arm.py tests/test_x86_wheel.py
+	$(PYTEST) -m arm tests/test_x86_wheel.py tests/test_arm.py
 
 FUZZ_SECONDS ?= 600
 fuzz: setup
@@ -82,7 +83,7 @@ fuzz: setup
 
 # Under 20 minutes on two cores; `make test` runs the tests that are marked so too, with fewer kills.
 test-trust: setup
-	$(PYTEST) -m trust --thorough
+	$(PYTEST) $(BY_FILE) -m trust --thorough
 	$(BIN)/python tests/fuzz.py --seconds 240
 
 lint: setup

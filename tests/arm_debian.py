@@ -15,7 +15,7 @@ from pathlib import Path
 
 TOOLS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64-static": "qemu-user-static",
-    "proot": "proot", "debootstrap": "debootstrap",
+    "proot": "proot", "debootstrap": "debootstrap", "dpkg-deb": "dpkg",
 }
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON, GLIBC = "3.11", 36
@@ -52,11 +52,26 @@ class ArmDebian:
             if (self.root / "proc").is_symlink():
                 (self.root / "proc").unlink()
                 (self.root / "proc").mkdir()
+            self._unpack()
             try:
-                self.run(["/debootstrap/debootstrap", "--second-stage"], DEBOOTSTRAP_DIR="/debootstrap")
+                self.run(["python3", "--version"])
             except RuntimeError as error:
                 raise UnavailableError(str(error)) from None
             done.touch()
+
+    def _unpack(self) -> None:
+        """The downloaded packages, as they are: Python needs none of what configuring them would do.
+
+        debootstrap's second stage takes minutes under emulation, this takes seconds.
+        """
+        for package in sorted((self.root / "var" / "cache" / "apt" / "archives").glob("*.deb")):
+            command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as files:
+                # /bin, /lib and /sbin are links into /usr
+                subprocess.run(["tar", "-x", "--keep-directory-symlink", "-C", str(self.root)],
+                               stdin=files.stdout, check=True)
+            if files.returncode:
+                raise UnavailableError(f"dpkg-deb cannot unpack {package.name}")
 
     def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
         """Standard output of `command` in there, on a `cpu` that qemu knows (None: with all it has).

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conversion import DEMO, convert_model
 from gguf import GGUFReader
+from made_once import Once, make_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -22,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def thorough(pytestconfig: pytest.Config) -> bool:
     """Whether tests that take a sample by default take all there is."""
     return bool(pytestconfig.getoption("thorough"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, fill)`, the folder `name`, which is filled once in a run of several processes."""
+    return partial(make_once, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +54,21 @@ def demo_low_rank_gguf(tmp_path_factory: pytest.TempPathFactory, demo_dense_gguf
     out = tmp_path_factory.mktemp("demo") / "skipcat.gguf"
     convert_model(DEMO / "model", out, base=demo_dense_gguf, calibration=DEMO / "calibration.txt")
     return out
+
+
+@pytest.fixture(scope="session")
+def demo_by_type(once: Once, demo_dense_gguf: Path) -> dict[str, Path]:
+    """The demo model at ratio 0.8, by the factors' type."""
+    types = ("Q8_0", "Q4_0", "F16")
+
+    def convert(folder: Path) -> None:
+        for quant in types:
+            convert_model(DEMO / "model", folder / f"{quant}.gguf", base=demo_dense_gguf, quant=quant,
+                          method="auto", calibration=DEMO / "calibration.txt", calib_tokens=8000,
+                          compensate=False, stats=folder / "statistics", force=True)
+
+    folder = once("demo-by-type", convert)
+    return {quant: folder / f"{quant}.gguf" for quant in types}
 
 
 @pytest.fixture(scope="module")

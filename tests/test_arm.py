@@ -17,6 +17,7 @@ from bench_instructions import EMULATOR, new_counter
 from click.testing import CliRunner
 from conversion import DEMO, convert_model
 from greedy_tokens import assert_same_tokens
+from made_once import Once
 
 from skipcat_edge.cli import main
 from skipcat_edge.device import load_device
@@ -41,11 +42,8 @@ every_cpu = pytest.mark.parametrize("cpu", CPUS)
 PROMPT = "Once upon a time, there was a little fox who"
 
 
-@pytest.fixture(scope="module")
-def debian() -> ArmDebian:
-    """An arm64 Debian with skipcat-edge, the cross-built runtime and pytest in /venv."""
-    if missing := missing_packages():
-        pytest.skip(f"sudo apt install {' '.join(missing)}")
+def build_debian(_: Path) -> None:
+    """In the folder BUILD; its Debian is kept, what is ours in there is made anew."""
     wheels = BUILD / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     for old in wheels.glob("*skipcat*"):
@@ -63,9 +61,17 @@ def debian() -> ArmDebian:
     tests = system.root / "root" / "tests"
     shutil.rmtree(tests, ignore_errors=True)
     tests.mkdir()
-    for name in (*OP_TESTS, "conftest.py", "conversion.py", "greedy_worker.py"):
+    for name in (*OP_TESTS, "conversion.py", "greedy_worker.py"):
         shutil.copy(ROOT / "tests" / name, tests)
-    return system
+
+
+@pytest.fixture(scope="session")
+def debian(once: Once) -> ArmDebian:
+    """An arm64 Debian with skipcat-edge, the cross-built runtime and pytest in /venv."""
+    if missing := missing_packages():
+        pytest.skip(f"sudo apt install {' '.join(missing)}")
+    once("debian", build_debian)
+    return ArmDebian(BUILD)
 
 
 @every_cpu
@@ -96,30 +102,19 @@ def test_golden_logits(debian: ArmDebian, cpu: str) -> None:
         assert max(outcome["prompt_error"], outcome["decode_error"]) < outcome["tolerance"], outcome
 
 
-@pytest.fixture(scope="module")
-def models(
-    debian: ArmDebian, demo_dense_gguf: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The demo model at ratio 0.8, by type, here and in there below /root."""
-    found = {}
-    for quant in ("Q8_0", "Q4_0", "F16"):
-        found[quant] = tmp_path_factory.mktemp("arm") / f"{quant}.gguf"
-        convert_model(DEMO / "model", found[quant], base=demo_dense_gguf, quant=quant, method="auto",
-                      calibration=DEMO / "calibration.txt", calib_tokens=8000, compensate=False)
-        shutil.copy(found[quant], debian.root / "root")
-    return found
-
-
 @every_cpu
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "F16"])
 def test_greedy_tokens_are_those_of_this_machine(
-    debian: ArmDebian, models: dict[str, Path], quant: str, cpu: str
+    debian: ArmDebian, demo_by_type: dict[str, Path], quant: str, cpu: str
 ) -> None:
+    model = demo_by_type[quant]
+    inside = debian.root / "root" / f"{quant}-{cpu}.gguf"
+    shutil.copy(model, inside)
     worker = ROOT / "tests" / "greedy_worker.py"
-    here = subprocess.run([sys.executable, str(worker), str(models[quant]), PROMPT, "24"], check=True,
+    here = subprocess.run([sys.executable, str(worker), str(model), PROMPT, "24"], check=True,
                           capture_output=True, text=True).stdout
     # not through `skipcat-edge generate`: what it asks whether a file is readable, proot does not translate
-    command = ["/venv/bin/python", f"/root/tests/{worker.name}", f"/root/{quant}.gguf", PROMPT, "24"]
+    command = ["/venv/bin/python", f"/root/tests/{worker.name}", f"/root/{inside.name}", PROMPT, "24"]
     there = debian.run(command, cpu)
     assert_same_tokens(here, there, 24)
 

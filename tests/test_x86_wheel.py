@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conversion import DEMO, convert_model
 from greedy_tokens import assert_same_tokens
+from made_once import Once
 
 from skipcat_edge.runtime.build import build_wheel
 from skipcat_edge.runtime.target import Target
@@ -31,17 +31,18 @@ PROMPT = "Once upon a time, there was a little fox who"
 CHECK = "from skipcat_edge.cli import main; main(['runtime', 'check'])"
 
 
-@pytest.fixture(scope="module")
-def packages() -> Path:
+def build_packages(folder: Path) -> None:
+    wheel = build_wheel(BUILD, None, Target("x86_64"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder),
+                    str(wheel)], check=True)
+
+
+@pytest.fixture(scope="session")
+def packages(once: Once) -> Path:
     """A folder with the wheel's llama_cpp, to come before this environment's own."""
     if platform.machine() != "x86_64" or shutil.which(EMULATOR) is None:
         pytest.skip("needs x86-64, and qemu-user (sudo apt install qemu-user)")
-    wheel = build_wheel(BUILD, None, Target("x86_64"))
-    folder = BUILD / "packages"
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder),
-                    str(wheel)], check=True)
-    return folder
+    return once("packages", build_packages)
 
 
 def run(packages: Path, cpu: str | None, *arguments: str) -> str:
@@ -66,12 +67,9 @@ def test_the_best_variant_is_chosen(packages: Path, cpu: str) -> None:
 
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "F16"])
 def test_greedy_tokens_are_the_same_on_all(
-    packages: Path, quant: str, demo_dense_gguf: Path, tmp_path: Path
+    packages: Path, quant: str, demo_by_type: dict[str, Path]
 ) -> None:
-    model = tmp_path / "model.gguf"
-    convert_model(DEMO / "model", model, base=demo_dense_gguf, quant=quant, method="auto",
-                  calibration=DEMO / "calibration.txt", calib_tokens=8000, compensate=False)
-    worker = [str(ROOT / "tests" / "greedy_worker.py"), str(model), PROMPT, "24"]
+    worker = [str(ROOT / "tests" / "greedy_worker.py"), str(demo_by_type[quant]), PROMPT, "24"]
     here = run(packages, None, *worker)
     for cpu in CPUS:
         assert_same_tokens(here, run(packages, cpu, *worker), 24)
