@@ -16,6 +16,7 @@ from arm_debian import ArmDebian, UnavailableError, download, missing_packages
 from bench_instructions import EMULATOR, new_counter
 from click.testing import CliRunner
 from conversion import DEMO, convert_model
+from fake_phone import Phone
 from greedy_tokens import assert_same_tokens
 from made_once import Once
 
@@ -143,7 +144,9 @@ def test_instructions_are_counted(tmp_path: Path) -> None:
     assert counter.count(program, "x" * 12345) == 2 * (12345 + 1) + 4
 
 
-def test_static_programs_for_a_phone(tmp_path: Path, demo_dense_gguf: Path) -> None:
+def test_static_programs_for_a_phone(
+    tmp_path: Path, demo_dense_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if missing := missing_packages():
         pytest.skip(f"sudo apt install {' '.join(missing)}")
     low_rank = tmp_path / "low.gguf"
@@ -166,6 +169,15 @@ def test_static_programs_for_a_phone(tmp_path: Path, demo_dense_gguf: Path) -> N
                                       "-t", "2", "-o", "json"))
     assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(16, 0), (0, 4)]
     assert all(row["avg_ts"] > 0 for row in rows)
+    phone = Phone(tmp_path, monkeypatch)
+    emulated = f"qemu-aarch64-static -cpu cortex-a72 '{out / 'llama-bench'}'"
+    phone.be_this_machine(f'#!/bin/sh\nexec {emulated} "$@"\n')
+    options = ["--threads", "2", "--phone-tools", "build/phone/pixel-8", "--json"]
+    result = phone.bench(low_rank, options=options, prompt=16, generated=4, repetitions=1)
+    assert result.exit_code == 0, result.output
+    (measured,) = json.loads(result.stdout)
+    assert measured["file_bytes"] == low_rank.stat().st_size
+    assert min(measured["prompt_tps_min"], measured["decode_tps_min"]) > 0
     text = on_a_cortex_a72("llama-completion", "-m", str(low_rank), "-p", PROMPT, "-n", "12", "--temp", "0",
                            "-no-cnv", "-t", "2")
     here = CliRunner().invoke(main, ["generate", str(low_rank), "-p", PROMPT, "-n", "12", "--threads", "2"])
