@@ -23,7 +23,7 @@ def test_demo_at_eight_and_four_bits(shared: Path, demo_dense_gguf: Path, tmp_pa
                           "--max-tokens", 20_000)
         return float(answer["ppl"])
 
-    text = {"calibration": shared / "text" / "tinystories_train.txt", "calib_tokens": 60_000,
+    text = {"calibration": shared / "text" / "tinystories_train.txt", "calib_tokens": 40_000,
             "stats": tmp_path / "statistics"}
     plain = perplexity(1.0, "Q4_0")
     low_rank = perplexity(0.9, "Q4_0", **text)
