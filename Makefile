@@ -67,6 +67,7 @@ demo: setup
 
 # A process per core; where each also had a thread per core, they would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -rs -n auto --durations=12
+# What a file of tests makes, it makes once.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 test: setup
 	$(PYTEST) $(BY_FILE)

@@ -1,4 +1,4 @@
-"""An arm64 Debian without Arm hardware: unpacked by debootstrap, its programs run by qemu through proot.
+"""An arm64 Debian without Arm hardware: fetched by debootstrap, its programs run by qemu through proot.
 
 No binary format need be registered with the kernel. debootstrap wants root; a Debian that is there already
 does not.
@@ -71,7 +71,7 @@ class ArmDebian:
                 subprocess.run(["tar", "-x", "--keep-directory-symlink", "-C", str(self.root)],
                                stdin=files.stdout, check=True)
             if files.returncode:
-                raise UnavailableError(f"dpkg-deb cannot unpack {package.name}")
+                raise RuntimeError(f"dpkg-deb cannot unpack {package.name}")
 
     def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
         """Standard output of `command` in there, on a `cpu` that qemu knows (None: with all it has).

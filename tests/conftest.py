@@ -27,9 +27,10 @@ def thorough(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
     """`once(name, fill)`, the folder `name`, which is filled once in a run of several processes."""
-    return partial(make_once, tmp_path_factory.getbasetemp())
+    base = tmp_path_factory.getbasetemp()
+    return partial(make_once, base if worker_id == "master" else base.parent)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def demo_by_type(once: Once, demo_dense_gguf: Path) -> dict[str, Path]:
         for quant in types:
             convert_model(DEMO / "model", folder / f"{quant}.gguf", base=demo_dense_gguf, quant=quant,
                           method="auto", calibration=DEMO / "calibration.txt", calib_tokens=8000,
-                          compensate=False, stats=folder / "statistics", force=True)
+                          compensate=False, stats=folder / "statistics")
 
     folder = once("demo-by-type", convert)
     return {quant: folder / f"{quant}.gguf" for quant in types}

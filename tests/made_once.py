@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 
 Once = Callable[[str, Callable[[Path], None]], Path]
 
 
-def make_once(base: Path, name: str, fill: Callable[[Path], None]) -> Path:
-    """The folder `name` below this run's, filled by whoever comes first; the others wait for it.
-
-    `base` is the process's own folder for temporary files.
-    """
-    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, filled = run / name, run / f"{name}.filled"
+def make_once(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder `name` below `run`, filled by whoever comes first; the others wait, or skip as it did."""
+    folder, filled, skipped = (run / f"{name}{suffix}" for suffix in ("", ".filled", ".skipped"))
     with FileLock(run / f"{name}.lock"):
+        if skipped.exists():
+            pytest.skip(skipped.read_text("utf-8"))
         if not filled.exists():
-            folder.mkdir(exist_ok=True)
-            fill(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                fill(folder)
+            except pytest.skip.Exception as reason:
+                skipped.write_text(str(reason), "utf-8")
+                raise
             filled.touch()
     return folder

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 
 import pytest
@@ -53,6 +55,30 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"wheel\.log"):
         build.build_wheel(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_builds_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They share the source tree, and one would take what the other has just installed there."""
+    monkeypatch.setenv("SKIPCAT_EDGE_CACHE", str(tmp_path))
+    began = Event()
+
+    def stop(source: Path | None) -> Path:
+        began.set()
+        raise UserError("stopped")
+
+    monkeypatch.setattr(build, "compilers", lambda target: {})
+    monkeypatch.setattr(build, "patched_tree", stop)
+    with ThreadPoolExecutor(1) as pool:
+        with build.one_build():
+            waiting = pool.submit(build.build_wheel, tmp_path / "out")
+            assert not began.wait(0.3)
+        with pytest.raises(UserError, match="stopped"):
+            waiting.result(20)
+    assert began.is_set() and "Waiting for another build" in capsys.readouterr().err
+    with build.one_build():  # the failed one has let go
+        pass
 
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

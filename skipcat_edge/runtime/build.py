@@ -6,18 +6,21 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import click
 import psutil
+from filelock import FileLock, Timeout
 
 from skipcat_edge.cores import usable_cores
 from skipcat_edge.errors import UserError
 from skipcat_edge.runtime.pin import patches_dir, read_pin
 from skipcat_edge.runtime.progress import run_logged
-from skipcat_edge.runtime.source import log_path, patched_tree, writing_to
+from skipcat_edge.runtime.source import cache_dir, log_path, patched_tree, writing_to
 from skipcat_edge.runtime.target import Target, retag
 
 # The largest translation units of llama.cpp take about this much memory to compile.
@@ -103,6 +106,23 @@ def compilers(target: Target | None = None) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def one_build() -> Iterator[None]:
+    """Waits while another process builds: both would change the same trees and build directories."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache_dir() / "build.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        click.echo("Waiting for another build to end ...", err=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@one_build()
 def build_wheel(out: Path, source: Path | None = None, target: Target | None = None) -> Path:
     """Build the patched wheel into the directory `out`; returns its path.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skipcat_edge.errors import UserError
-from skipcat_edge.runtime.build import build_dir, build_env, cmake_args, compilers, find_tool, jobs
+from skipcat_edge.runtime.build import build_dir, build_env, cmake_args, compilers, find_tool, jobs, one_build
 from skipcat_edge.runtime.progress import run_logged
 from skipcat_edge.runtime.source import log_path, patched_tree, stock_tree
 from skipcat_edge.runtime.target import Target
@@ -19,6 +19,7 @@ _TOOLS_ONLY = ("-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUI
 PHONE_TOOLS = ("llama-completion", "llama-bench", "llama-perplexity")
 
 
+@one_build()
 def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | None = None) -> list[Path]:
     """Build `TOOLS` of each kind into `out/<kind>/bin`; returns these directories.
 
@@ -45,6 +46,7 @@ def build_native_tools(out: Path, kinds: Sequence[str] = KINDS, source: Path | N
     return directories
 
 
+@one_build()
 def build_phone_tools(out: Path, target: Target, march: str, source: Path | None = None) -> Path:
     """Build `PHONE_TOOLS` into the directory `out`, patched and static: copied to a phone they run over adb,
     on any Linux kernel of `target`, and need no C library of the phone's.
