@@ -73,14 +73,13 @@ class ArmDebian:
             if files.returncode:
                 raise RuntimeError(f"dpkg-deb cannot unpack {package.name}")
 
-    def run(self, command: Sequence[str], cpu: str | None = None, **env: str) -> str:
+    def run(self, command: Sequence[str], cpu: str | None = None) -> str:
         """Standard output of `command` in there, on a `cpu` that qemu knows (None: with all it has).
 
         Raises RuntimeError with the end of what it said where it fails.
         """
         emulator = "qemu-aarch64-static" if cpu is None else f"qemu-aarch64-static -cpu {cpu}"
-        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8",
-                 "DEBIAN_FRONTEND": "noninteractive", **env}
+        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"}
         prefix = ["proot", "-q", emulator, "-0", "-r", str(self.root), "-b", "/proc", "-b", "/dev",
                   "-w", "/root", "/usr/bin/env", "-i", *(f"{name}={value}" for name, value in clean.items())]
         done = subprocess.run([*prefix, *command], capture_output=True, text=True,
